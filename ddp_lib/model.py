@@ -1,0 +1,72 @@
+"""SimpleModel: the plain convolutional net that the course trains.
+
+Edit it, or name your own with --model package.module:callable.
+"""
+
+import sys
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from ddp_lib.errors import UserError
+
+
+def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """3x3 convolution, BatchNorm, ReLU; keeps height and width."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SimpleModel(nn.Module):
+    """Six convolutions and one linear layer for images (B, 3, 32, 32); returns logits (B, num_classes)."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            conv_block(3, 32),
+            conv_block(32, 32),
+            nn.MaxPool2d(2),
+            conv_block(32, 64),
+            conv_block(64, 64),
+            nn.MaxPool2d(2),
+            conv_block(64, 128),
+            conv_block(128, 128),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        self.classifier = nn.Linear(128, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+def build_model(spec: str, num_classes: int) -> nn.Module:
+    """The model that `package.module:callable` makes when called with num_classes=...
+
+    The working directory is on the path. UserError where it cannot be found or called.
+    """
+    module_name, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        make = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--model {spec!r} cannot be found ({error}): write package.module:callable, "
+            "with the module in the working directory or installed"
+        ) from error
+    try:
+        model = make(num_classes=num_classes)
+    except TypeError as error:
+        raise UserError(
+            f"--model {spec!r} cannot be called with num_classes={num_classes} ({error}): "
+            "give it a parameter of that name"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {spec!r} gives a {type(model).__name__}: return a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--model {spec!r} has no parameter to train: leave some with requires_grad")
+    return model

@@ -1,0 +1,56 @@
+"""Optimizer, learning rate and precision: what the loop decides before and at each step."""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ddp_lib.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """One cycle: a straight rise to config.lr, then half a cosine down to zero.
+
+    A function of the step alone, so that a resumed run needs no scheduler's state. The idea is
+    Smith & Topin's "super-convergence" (2017).
+    """
+    rise = max(1, round(config.warmup * total_steps))
+    if step < rise:
+        return config.lr * (step + 1) / rise
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum; weight decay on matrices and kernels only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+    )
+
+
+def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """fp32, bf16 or fp64, and why: for `auto`, bf16 autocast where the processor computes in it."""
+    if asked != "auto":
+        return asked, "asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return ("bf16", "the processor has it") if fast else ("fp32", "this processor has no bf16")
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

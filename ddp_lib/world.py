@@ -1,0 +1,246 @@
+"""World: which rank this process is, on which device, and how it joins and leaves the process group."""
+
+import gc
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddp_lib.errors import UserError
+from ddp_lib.place import read_place
+from ddp_lib.store import exchange, first_line, meet, open_store, pick_interface, share
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. `World()` is a world of one, without a process group.
+
+    with World.join() as world:
+        ...   # world.rank, world.world_size, world.device
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    device: torch.device = field(default_factory=lambda: pick_device("none", 0))
+    backend: str = "none"
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes checkpoints and the summary."""
+        return self.rank == 0
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        backend: str = "auto",
+        join_timeout_s: float = 60.0,
+        timeout_s: float = 120.0,
+        environ: Mapping[str, str] | None = None,
+        log: Log | None = None,
+        **flags: int | str | None,
+    ) -> "World":
+        """Joins the process group that flags or environment describe (see `read_place`).
+
+        join_timeout_s: how long to wait for the master and for the other ranks, seconds.
+        timeout_s: how long a collective waits for the slowest rank, seconds.
+        log: called with one line that says what was chosen, and why. Default: rank 0 prints it.
+        Raises UserError where the environment is inconsistent or the ranks do not come together.
+        """
+        env = os.environ if environ is None else environ
+        place = read_place(env, **flags)
+        started = time.monotonic()
+        if "OMP_NUM_THREADS" not in env:
+            torch.set_num_threads(thread_budget(place.local_world_size))
+        possible, reason = choose_backend(
+            backend, place.local_world_size, torch.cuda.device_count()
+        )
+        store = None
+        if place.world_size == 1:
+            chosen = "none"
+        else:
+            pick_interface(place)
+            store = open_store(place, env, join_timeout_s)
+            deadline = started + join_timeout_s
+            chosen, reason = meet(store, place, possible, reason, deadline, join_timeout_s)
+        device = pick_device(chosen, place.local_rank)
+        world = cls(
+            place.rank, place.world_size, place.local_rank, place.local_world_size, place.node,
+            device, chosen, store,
+        )  # fmt: skip
+        if store is not None:
+            world._init_process_group(store, timeout_s)
+        if log is not None or world.is_main:
+            how = "no process group" if store is None else f"backend {chosen} ({reason})"
+            (log or world.say)(
+                f"{world.world_size} rank(s); rank {world.rank} on {socket.gethostname()}: {how}, "
+                f"device {device}, {torch.get_num_threads()} thread(s), place from {place.source}, "
+                f"joined in {time.monotonic() - started:.1f} s"
+            )
+        return world
+
+    def _init_process_group(self, store: dist.Store, timeout_s: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        try:
+            dist.init_process_group(
+                self.backend,
+                store=dist.PrefixStore("group", store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=self.device if self.device.type == "cuda" else None,
+            )
+            # A rank that ends at once must not be gone before its peers have connected.
+            dist.barrier()
+        except (RuntimeError, ValueError) as error:
+            self.leave()
+            raise UserError(
+                f"rank {self.rank} reached the master, but the ranks could not connect to each other "
+                f"({first_line(error)}): open all ports between the machines, and set "
+                "GLOO_SOCKET_IFNAME to the interface that joins them"
+            ) from error
+
+    def say(self, text: str, every_node: bool = False) -> None:
+        """Prints a line of rank 0, or of each machine's first rank."""
+        if self.is_main or (every_node and self.local_rank == 0):
+            print(f"[rank {self.rank}] {text}", flush=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Place, host and device, as plain values for logs."""
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "local_rank": self.local_rank,
+            "node": self.node,
+            "host": socket.gethostname(),
+            "backend": self.backend,
+            "device": str(self.device),
+        }
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over all ranks, in place, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait_for_all(self, what: str, timeout_s: float) -> None:
+        """Returns when every rank has called it with this `what`; waits longer than a collective may.
+
+        UserError names the ranks that did not come within `timeout_s` seconds.
+        """
+        if self.store is not None:
+            deadline = time.monotonic() + timeout_s
+            exchange(self.store, what, self.rank, self.world_size, "", deadline, timeout_s)
+
+    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float) -> Any:
+        """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
+
+        A UserError of rank 0 is raised on every rank, so that none waits for a master that left.
+        """
+        answer = None
+        if self.is_main:
+            try:
+                answer = {"value": make()}
+            except UserError as error:
+                answer = {"error": str(error)}
+        if self.store is not None:
+            text = share(self.store, what, json.dumps(answer) if self.is_main else None, timeout_s)
+            answer = json.loads(text)
+        assert answer is not None
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["value"]
+
+    def broadcast_bytes(self, payload: bytes) -> bytes:
+        """Rank 0's `payload`, on every rank; the others' argument is not looked at."""
+        if self.world_size == 1:
+            return payload
+        length = torch.tensor([len(payload)], device=self.device)
+        dist.broadcast(length, 0)
+        if self.is_main:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
+        else:
+            data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, 0)
+        return data.cpu().numpy().tobytes()
+
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """Every rank's `payload` (the same length on all), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [payload]
+        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
+        all_of_them = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(all_of_them, mine)
+        return [one.cpu().numpy().tobytes() for one in all_of_them]
+
+    def leave(self) -> None:
+        """Leaves the process group; safe to call twice.
+
+        A DistributedDataParallel model that still lives would let gloo's thread free its last
+        all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
+        """
+        gc.collect()
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The frames of an error hold the model too.
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        self.leave()
+
+
+def thread_budget(local_world_size: int) -> int:
+    """Threads a rank: this machine's usable cores shared among its ranks."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, cores // local_world_size)
+
+
+def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
+    """The backend this machine can offer, and why. UserError for nccl without a GPU a local rank."""
+    have = f"{gpus} GPU(s) for {local_world_size} local rank(s)"
+    if asked == "gloo":
+        return "gloo", "asked for"
+    if asked == "nccl" and gpus < local_world_size:
+        raise UserError(
+            f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo"
+        )
+    if asked == "nccl":
+        return "nccl", "asked for"
+    if asked != "auto":
+        raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
+    return ("nccl" if gpus >= local_world_size else "gloo"), have
+
+
+def pick_device(backend: str, local_rank: int) -> torch.device:
+    """The GPU of this local rank under nccl; alone the first GPU, if any; else the CPU."""
+    if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

@@ -1,0 +1,59 @@
+"""Models that tests name with --model models:NAME."""
+
+import torch
+from torch import nn
+
+
+class Plain(nn.Sequential):
+    """No BatchNorm and no dropout: the same function on any number of ranks."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 5, stride=3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(800, 16),
+            nn.Tanh(),
+            nn.Linear(16, num_classes),
+        )
+
+
+class Lively(nn.Sequential):
+    """BatchNorm's buffers and dropout's generator: all that a checkpoint must not lose.
+
+    Its parameters lie in several DDP buckets' worth of order-sensitive sums on 4 ranks.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 12, 5, stride=3),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(1200, 24),
+            nn.BatchNorm1d(24),
+            nn.Dropout(0.3),
+            nn.Linear(24, num_classes),
+        )
+
+
+class Explodes(Plain):
+    """Its loss is not finite from the third training step of rank 1 on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import torch.distributed as dist
+
+        if self.training:
+            self.calls = getattr(self, "calls", 0) + 1
+            # The first call is the throw-away pass that builds DDP's buckets.
+            if self.calls > 3 and dist.is_initialized() and dist.get_rank() == 1:
+                return super().forward(x) * float("nan")
+        return super().forward(x)
+
+
+def needs_an_argument(classes: int) -> nn.Module:
+    return Plain(classes)
+
+
+def not_a_model(num_classes: int) -> str:
+    return f"{num_classes} classes"

@@ -1,0 +1,201 @@
+"""Joining and leaving the process group, and what is said when the ranks do not come together."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from ddp_lib.errors import UserError
+from ddp_lib.world import World, choose_backend, thread_budget
+
+JOIN = """
+import sys
+from ddp_lib import UserError, World
+import torch
+try:
+    with World.join(join_timeout_s=float(sys.argv[1])) as world:
+        print("sum", int(world.sum(torch.ones(1))), "of", world.world_size)
+except UserError as error:
+    print("refused:", error)
+    sys.exit(2)
+"""
+LIMIT_S = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(join_timeout_s: float = 30, code: str = JOIN, **variables) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_"))}
+    env |= {k: str(v) for k, v in variables.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(join_timeout_s)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=LIMIT_S)
+    return process.returncode, text
+
+
+def four(rank: int, port: int, world_size: int = 2, host: str = "127.0.0.1") -> dict:
+    return {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": host, "MASTER_PORT": port}
+
+
+def test_choose_backend():
+    assert choose_backend("auto", 2, 0)[0] == "gloo"
+    assert choose_backend("auto", 2, 1)[0] == "gloo"  # one GPU, two ranks in a notebook
+    assert choose_backend("auto", 2, 2)[0] == "nccl"
+    assert choose_backend("gloo", 1, 8)[0] == "gloo"
+    with pytest.raises(UserError, match="--backend gloo"):
+        choose_backend("nccl", 2, 1)
+    with pytest.raises(UserError, match="mpi"):
+        choose_backend("mpi", 1, 1)
+
+
+def test_thread_budget():
+    cores = len(os.sched_getaffinity(0))
+    assert thread_budget(1) == cores
+    assert thread_budget(10 * cores) == 1
+
+
+def test_alone_needs_no_group():
+    with World.join(environ={}) as world:
+        assert (world.rank, world.world_size, world.backend) == (0, 1, "none")
+        assert world.sum(torch.ones(2)).tolist() == [1, 1]
+        assert world.from_main("x", lambda: {"a": 1}, 1) == {"a": 1}
+        assert world.broadcast_bytes(b"abc") == b"abc" and world.gather_bytes(b"z") == [b"z"]
+        world.wait_for_all("data", 1)
+
+
+@pytest.mark.ranks
+def test_the_worker_may_be_started_first():
+    port = free_port()
+    worker = start(**four(1, port))
+    master = start(**four(0, port))
+    assert outcome(master)[0] == 0
+    code, text = outcome(worker)
+    assert (code, text.strip()) == (0, "sum 2 of 2")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR='no-such-host.invalid' does not resolve"),
+        ({}, "nobody listens on MASTER_ADDR=127.0.0.1"),
+    ],
+)
+def test_no_master(changes, says):
+    code, text = outcome(start(1, **(four(1, free_port()) | changes)))
+    assert code == 2
+    assert says in text and "--join-timeout-s" in text and text.count("\n") == 1
+
+
+@pytest.mark.ranks
+def test_a_rank_is_missing():
+    port = free_port()
+    present = [start(8, **four(rank, port, 3)) for rank in (0, 2)]
+    for process in present:
+        code, text = outcome(process)
+        assert code == 2 and "rank(s) 1 of 3" in text
+
+
+@pytest.mark.ranks
+def test_two_ranks_with_one_number():
+    port = free_port()
+    started = [start(8, **four(rank, port)) for rank in (0, 0)]
+    started += [start(8, **four(1, port)) for _ in range(2)]
+    texts = [outcome(process)[1] for process in started]
+    # Two masters: the second finds the port taken. Two workers: the second finds the number taken.
+    assert sum("MASTER_PORT=" in t and "cannot be opened" in t for t in texts[:2]) == 1
+    assert sum("RANK=1 is taken" in t for t in texts[2:]) == 1
+
+
+@pytest.mark.ranks
+def test_world_sizes_differ():
+    port = free_port()
+    started = [start(8, **four(rank, port, size)) for rank, size in ((0, 3), (1, 2))]
+    for process in started:
+        code, text = outcome(process)
+        assert code == 2 and "WORLD_SIZE=" in text and "on every machine" in text
+
+
+@pytest.mark.ranks
+def test_another_program_has_the_port():
+    """It sends garbage to whoever connects."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(LIMIT_S)
+
+        def serve() -> None:
+            try:
+                while True:
+                    peer, _ = server.accept()
+                    with peer:
+                        peer.sendall(b"SSH-2.0-garbage\r\n")
+            except OSError:
+                return
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = server.getsockname()[1]
+        code, text = outcome(start(3, **four(1, port)))
+        assert code == 2 and f"MASTER_PORT={port}" in text and text.count("\n") == 1
+        code, text = outcome(start(3, **four(0, port)))
+        assert code == 2 and f"MASTER_PORT={port} cannot be opened" in text
+
+
+@pytest.mark.ranks
+def test_garbage_sent_to_the_master_does_not_stop_it():
+    port = free_port()
+    master = start(30, **four(0, port))
+    sent = False
+    while not sent:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as stray:
+                stray.sendall(b"GET / HTTP/1.1\r\n\r\n" * 50)
+            sent = True
+        except ConnectionRefusedError:
+            assert master.poll() is None
+    assert outcome(start(30, **four(1, port)))[0] == 0
+    assert outcome(master)[0] == 0
+
+
+LEAVE = """
+import torch, torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from ddp_lib import World
+
+def train():
+    net = DDP(nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 1)))
+    for _ in range(3):
+        net(torch.ones(4, 50)).sum().backward()
+    if FAIL:
+        raise KeyError("on purpose")
+
+with World.join(join_timeout_s=30) as world:
+    train()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_model_left_in_a_function_does_not_abort_at_exit(fail):
+    for _ in range(2):
+        port = free_port()
+        code = LEAVE.replace("FAIL", str(fail))
+        started = [start(30, code, **four(rank, port)) for rank in (0, 1)]
+        for process in started:
+            status, text = outcome(process)
+            assert status == (1 if fail else 0), text
+            assert "terminate called" not in text
