@@ -1,6 +1,7 @@
 """One rank's copy of the model: wrapped in DDP, and kept equal to the others'."""
 
 import hashlib
+import inspect
 import math
 
 import torch
@@ -11,6 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lib.errors import UserError
 from ddp_lib.world import World
 
+# torch 2.15 renames it; 2.11 knows the old name only.
+_NO_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel; in a world of one, the model itself.
@@ -23,8 +30,8 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{_NO_BUFFER_SYNC: False},
     )
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -48,7 +50,8 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
     else:
         address = network.wait_for_master(host, port, join_timeout_s)
         try:
-            store = dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+            with _without_stderr():
+                store = dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"MASTER_ADDR={host} MASTER_PORT={port} answers, but not as a PyTorch store "
@@ -57,6 +60,20 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
     # After a restart under torchrun the agent's store still holds the keys of the attempt before.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Keeps the C++ side's stack dumps off the screen: its exception says the same in one line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def meet(
@@ -116,7 +133,7 @@ def exchange(
         if time.monotonic() > deadline:
             missing = ", ".join(str(r) for r in range(world_size) if r not in found)
             raise UserError(
-                f"rank(s) {missing} of {world_size} did not reach '{what}' within {limit_s:g} s: "
+                f"rank(s) {missing} of {world_size} did not reach '{what.partition('/')[0]}' within {limit_s:g} s: "
                 "start them, look at their output, or lower WORLD_SIZE"
             )
         time.sleep(pause_s)
@@ -131,7 +148,7 @@ def share(store: dist.Store, what: str, value: str | None, timeout_s: float) -> 
         return value
     deadline = time.monotonic() + timeout_s
     if not network.first_hit(lambda: store.check([what]), deadline):
-        raise UserError(f"rank 0 did not give '{what}' within {timeout_s:g} s: look at its output")
+        raise UserError(f"rank 0 did not give '{what.partition('/')[0]}' within {timeout_s:g} s: look at its output")
     return store.get(what).decode()
 
 

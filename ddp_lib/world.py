@@ -1,12 +1,13 @@
-"""World: which rank this process is, on which device, and how it joins and leaves the process group."""
+"""World: which rank this process is, on which device; it joins and leaves the process group."""
 
 import gc
+import itertools
 import json
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -38,6 +39,8 @@ class World:
     device: torch.device = field(default_factory=lambda: pick_device("none", 0))
     backend: str = "none"
     store: dist.Store | None = field(default=None, repr=False, compare=False)
+    # Numbers the meetings at the store, so that a second training in one world finds no old answers.
+    _meetings: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -146,7 +149,8 @@ class World:
         """
         if self.store is not None:
             deadline = time.monotonic() + timeout_s
-            exchange(self.store, what, self.rank, self.world_size, "", deadline, timeout_s)
+            place = f"{what}/{next(self._meetings)}"
+            exchange(self.store, place, self.rank, self.world_size, "", deadline, timeout_s)
 
     def from_main(self, what: str, make: Callable[[], Any], timeout_s: float) -> Any:
         """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
@@ -160,7 +164,8 @@ class World:
             except UserError as error:
                 answer = {"error": str(error)}
         if self.store is not None:
-            text = share(self.store, what, json.dumps(answer) if self.is_main else None, timeout_s)
+            place = f"{what}/{next(self._meetings)}"
+            text = share(self.store, place, json.dumps(answer) if self.is_main else None, timeout_s)
             answer = json.loads(text)
         assert answer is not None
         if "error" in answer:

@@ -1,0 +1,77 @@
+# Every target works alone in a fresh clone; `make help` lists them.
+# Another interpreter than python3: make PYTHON=/path/to/python3.12
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 4
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lab bench bench-full lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv with the exact versions of requirements.txt and this package
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: '$(PYTHON)' is not Python 3.11 or newer: install one, then: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' has no venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV), once: some GB and some minutes, most of it PyTorch."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs/demo/
+	$(BIN)/ddp-launch train $(DEMO)
+	$(BIN)/ddp-launch plot runs/demo
+	@echo
+	@echo "runs/demo/loss.png       the picture: loss by rank, test accuracy, images/s"
+	@echo "runs/demo/cifar_net.pth  the trained weights"
+	@echo "runs/demo/summary.json   accuracy, speed, versions"
+	@echo "runs/demo/rank0.jsonl    a line a step; rank1.jsonl is the other process's"
+
+test: lint ## lint, then all tests, then all notebooks against their committed outputs
+	$(BIN)/python -m pytest
+ifneq ($(NOTEBOOKS),)
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180 \
+	  --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks/
+endif
+
+lint: $(INSTALLED) ## check style, formatting, types and the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ddp_lib
+	$(BIN)/hadolint Dockerfile
+
+format: $(INSTALLED) ## put code and notebooks into the one format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lab: $(INSTALLED) ## open the course in JupyterLab
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+bench: $(INSTALLED) ## measure on this machine (a minute or two), write benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/report.py
+
+bench-full: $(INSTALLED) ## the same with more runs of each
+	$(BIN)/python benchmarks/launch.py --imports 15 --first 10 --later 100
+	$(BIN)/python benchmarks/report.py
+
+lock: $(INSTALLED) ## write requirements.txt anew from pyproject.toml, newest versions
+	@echo "# The whole environment, exact versions, for every platform and Python 3.11 or newer." > requirements.tmp
+	@echo "# Made from pyproject.toml by: make lock" >> requirements.tmp
+	$(BIN)/uv pip compile pyproject.toml --extra notebooks --extra dev --universal \
+	  --python-version 3.11 --no-annotate --no-header --quiet >> requirements.tmp
+	@mv requirements.tmp requirements.txt
+
+clean: ## remove caches; .venv, data and runs stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info requirements.tmp
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

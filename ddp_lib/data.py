@@ -1,0 +1,162 @@
+"""Data sets as uint8 tensors, shared by a machine's ranks; batches made and augmented whole."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_lib import shapes
+from ddp_lib.cache import SIDE, Raw, load_or_make
+from ddp_lib.cifar import cifar10
+from ddp_lib.folder import find_images
+
+# A random crop is taken after padding by so many pixels of black, as is usual for CIFAR-10.
+PADDING = 4
+_POSITIONS = 2 * PADDING + 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, 32, 32, 3), memory-mapped; labels: int64 (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits, and what training needs to know of them.
+
+    `classes[label]` is a label's name. `mean` and `std` are those of red, green and blue in the
+    training images, on a scale of 0..1. `digest` is a SHA-256 of everything: two machines where it
+    is equal hold equal data.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    digest: str
+
+
+def load_dataset(
+    source: str,
+    data_dir: str | Path = "data",
+    timeout_s: float = 600.0,
+    log: Callable[[str], None] = print,
+    download_timeout_s: float = 30.0,
+) -> Dataset:
+    """The data set `shapes`, `cifar10`, or of a folder with train/<class>/* and test/<class>/*.
+
+    The first process of a machine to come makes the arrays in `<data_dir>/cache`; others, also
+    those of other jobs, wait for it up to `timeout_s`. Then all map the same files, so that the
+    images lie in memory once however many ranks there are. Needs no process group.
+
+    UserError for a source that is missing or unusable, a failed download, a disk that refuses, or a
+    wait that takes too long.
+    """
+    data_dir = Path(data_dir).expanduser()
+    make: Callable[[], Raw]
+    if source == "shapes":
+        key, made_from = "shapes", f"shapes version {shapes.VERSION}"
+        make = _make_shapes
+    elif source == "cifar10":
+        key, made_from = "cifar10", "cifar10"
+        make = partial(cifar10, data_dir, download_timeout_s, log)
+    else:
+        folder = find_images(Path(source).expanduser())
+        key, made_from = folder.key, folder.fingerprint
+        make = partial(folder.read, log)
+    arrays, meta = load_or_make(data_dir / "cache" / key, made_from, make, timeout_s, log)
+    return Dataset(
+        name=source,
+        classes=tuple(meta["classes"]),
+        train=Split(arrays["train_images"], arrays["train_labels"]),
+        test=Split(arrays["test_images"], arrays["test_labels"]),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        digest=meta["digest"],
+    )
+
+
+def _make_shapes() -> Raw:
+    return Raw(
+        shapes.CLASSES,
+        *shapes.make_shapes(shapes.TRAIN_IMAGES, shapes.TRAIN_SEED),
+        *shapes.make_shapes(shapes.TEST_IMAGES, shapes.TEST_SEED),
+    )
+
+
+def make_batch(
+    split: Split,
+    indices: torch.Tensor,
+    dataset: Dataset,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    augment: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples `indices` (int64, (B,)) of `split` as a batch on `device`.
+
+    Returns x, `dtype` (B, 3, 32, 32) in channels_last layout, normalised with the data set's mean
+    and std, and y, int64 (B,). `augment=(seed, epoch)` crops at random after padding by 4 and flips
+    every second image, on average. A sample's crop and flip are a function of (seed, epoch, its
+    index) alone: the same on any rank, in any batch and after a restart.
+    """
+    indices = indices.to(split.images.device)
+    pixels = split.images.index_select(0, indices)
+    if augment is not None:
+        pixels = crop_and_flip(pixels, random_below(2 * _POSITIONS**2, *augment, indices))
+    # uint8 crosses to the device: a quarter of the bytes that floats would be.
+    pixels = pixels.to(device, non_blocking=True)
+    labels = split.labels.index_select(0, indices).to(device, non_blocking=True)
+    # (p / 255 - mean) / std as one scale and shift a channel, written out for a whole image of
+    # 32 * 32 pixels, so that the processor sees long rows and not rows of three.
+    mean, std = torch.tensor(dataset.mean, dtype=dtype), torch.tensor(dataset.std, dtype=dtype)
+    scale = (1 / (255 * std)).repeat(SIDE * SIDE).to(device)
+    shift = (-mean / std).repeat(SIDE * SIDE).to(device)
+    x = torch.addcmul(shift, pixels.flatten(1).to(dtype), scale)
+    return x.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2), labels
+
+
+def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """Crops 32 x 32 of uint8 images (B, 32, 32, 3) padded with 4 pixels of black; flips some.
+
+    `draw` (B,), 0..161, is top + 9 * (left + 9 * flip), with top and left 0..8.
+    """
+    count, wide = len(images), SIDE + 2 * PADDING
+    top, left, flip = draw % _POSITIONS, draw // _POSITIONS % _POSITIONS, draw >= _POSITIONS**2
+    padded = images.new_zeros(count, wide, wide, 3)
+    padded[:, PADDING:-PADDING, PADDING:-PADDING] = images
+    # A crop is 32 pieces of 96 bytes, one from each of its rows: all are fetched by one call.
+    row = torch.arange(SIDE, device=images.device)
+    first_row = torch.arange(count, device=images.device) * wide + top
+    starts = (first_row[:, None] + row) * wide + left[:, None]
+    pieces = padded.flatten().unfold(0, SIDE * 3, 1).index_select(0, starts.flatten() * 3)
+    crops = pieces.view(count, SIDE, SIDE, 3)
+    return torch.where(flip[:, None, None, None], crops.flip(2), crops)
+
+
+def random_below(limit: int, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+    """A number 0..limit-1 for each index, uniform, fixed by (seed, epoch, index); int64 (B,)."""
+    key = _mix(_mix(seed & 0xFFFFFFFF) ^ epoch)
+    bits: torch.Tensor = _mix(indices ^ key)
+    return bits * limit >> 32
+
+
+def _mix(x: Any) -> Any:
+    """Spreads 32 bits over 32 bits, one to one, for ints and int64 tensors alike.
+
+    Xorshifts and multiplications as in Chris Wellons' hash-prospector. His multipliers stay below
+    2**31, so that no product leaves int64 on any device.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x735A2D97 & 0xFFFFFFFF
+    return x ^ (x >> 15)

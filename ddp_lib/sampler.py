@@ -1,0 +1,72 @@
+"""Who sees which sample: shuffled by epoch, sharded by rank, resumable, exact for evaluation."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ddp_lib.errors import UserError
+
+
+class TrainSampler:
+    """Index batches of one rank, for a loop or as `DataLoader(batch_sampler=...)`.
+
+    An epoch is one permutation of the n samples that all ranks draw alike. Step k takes its k-th
+    piece of `global_batch_size` indices, and rank r takes every `world_size`-th of them, starting
+    with the r-th: what `torch.utils.data.DistributedSampler(drop_last=True)` selects. The last
+    piece, if incomplete, is dropped: so any number of ranks sees the same samples in each step.
+
+    UserError where n holds no whole global batch, or the ranks cannot share one equally.
+    """
+
+    def __init__(
+        self, n: int, global_batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
+        if global_batch_size < 1 or global_batch_size % world_size:
+            near = max(1, round(global_batch_size / world_size)) * world_size
+            raise UserError(
+                f"global batch size {global_batch_size} cannot be shared equally by {world_size} "
+                f"ranks: take {near}"
+            )
+        if n < global_batch_size:
+            raise UserError(
+                f"{n} training samples make no global batch of {global_batch_size}: "
+                "take a smaller global batch size or more data"
+            )
+        self.n, self.global_batch_size, self.seed = n, global_batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Chooses the permutation, and the step of that epoch at which iteration starts.
+
+        Without a call each iteration repeats the same order, as with torch's sampler.
+        """
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch, wherever iteration starts."""
+        return self.n // self.global_batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields int64 tensors (global_batch_size // world_size,) of sample indices."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        permutation = torch.randperm(self.n, generator=generator)
+        for step in range(self.start_step, len(self)):
+            first = step * self.global_batch_size
+            yield permutation[first + self.rank : first + self.global_batch_size : self.world_size]
+
+
+def eval_batches(
+    n: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[torch.Tensor]:
+    """Index batches of one rank that together cover 0..n-1 once each: no padding, none left out.
+
+    The set is cut into chunks of `batch_size` (the last may be shorter) and chunk j goes to rank
+    j % world_size. What lies together in a chunk does not depend on the number of ranks, and so
+    neither do the bits that a model computes from it. Ranks may get unequal numbers, or none:
+    nothing that all ranks must call together belongs inside this loop.
+    """
+    for first in range(rank * batch_size, n, world_size * batch_size):
+        yield torch.arange(first, min(first + batch_size, n))
