@@ -62,7 +62,7 @@ bench: $(INSTALLED) ## measure on this machine (a minute or two), write benchmar
 	$(BIN)/python benchmarks/report.py
 
 bench-full: $(INSTALLED) ## the same with more runs of each
-	$(BIN)/python benchmarks/launch.py --imports 15 --first 10 --later 100
+	$(BIN)/python benchmarks/launch.py --rounds 15 --later 10
 	$(BIN)/python benchmarks/report.py
 
 lock: $(INSTALLED) ## write requirements.txt anew from pyproject.toml, newest versions

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddp_lib.config import TrainConfig
     from ddp_lib.errors import UserError
-    from ddp_lib.model import SimpleModel
-    from ddp_lib.notebook import NodeResult, RankError, run_nodes, run_ranks
-    from ddp_lib.plots import plot_run
-    from ddp_lib.runlog import read_events, read_run
     from ddp_lib.evaluation import evaluate
+    from ddp_lib.model import SimpleModel
+    from ddp_lib.notebook import run_ranks
+    from ddp_lib.plots import plot_run
+    from ddp_lib.rank_error import RankError
+    from ddp_lib.rehearsal import NodeResult, run_nodes
+    from ddp_lib.runlog import read_events, read_run
     from ddp_lib.train import fit
     from ddp_lib.world import World
 
@@ -25,8 +27,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 __version__ = "1.0.0"
 
 _HOME = {
-    "NodeResult": "notebook",
-    "RankError": "notebook",
+    "NodeResult": "rehearsal",
+    "RankError": "rank_error",
     "SimpleModel": "model",
     "TrainConfig": "config",
     "UserError": "errors",
@@ -36,7 +38,7 @@ _HOME = {
     "plot_run": "plots",
     "read_events": "runlog",
     "read_run": "runlog",
-    "run_nodes": "notebook",
+    "run_nodes": "rehearsal",
     "run_ranks": "notebook",
 }
 

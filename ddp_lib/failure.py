@@ -13,7 +13,7 @@ from ddp_lib.errors import UserError
 from ddp_lib.stop import AGENT
 
 # What gloo and NCCL say on the ranks that survive when a peer is gone: a consequence, not a cause.
-_PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
+PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
 _TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
 
 
@@ -41,7 +41,7 @@ def as_exit_status(prog: str = "ddp-launch") -> Iterator[Outcome]:
     except Exception as error:
         outcome.status = 1
         text = " ".join(str(error).split())[:300]
-        if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_GONE):
+        if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_GONE):
             _tell(prog, f"another rank is gone: see its own output ({text})", secondary=True)
         elif isinstance(error, RuntimeError) and any(sign in text for sign in _TIMED_OUT):
             _tell(

@@ -136,7 +136,8 @@ def start_agent(options: LaunchOptions, command: list[str]) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
+        logging.disable(logging.ERROR)
     settings: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S}
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     config = LaunchConfig(

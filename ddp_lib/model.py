@@ -35,7 +35,7 @@ class SimpleModel(nn.Module):
             nn.MaxPool2d(2),
             conv_block(64, 128),
             conv_block(128, 128),
-            nn.AdaptiveAvgPool2d(1),
+            nn.AdaptiveMaxPool2d(1),
         )
         self.classifier = nn.Linear(128, num_classes)
 
@@ -66,7 +66,11 @@ def build_model(spec: str, num_classes: int) -> nn.Module:
             "give it a parameter of that name"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"--model {spec!r} gives a {type(model).__name__}: return a torch.nn.Module")
+        raise UserError(
+            f"--model {spec!r} gives a {type(model).__name__}: return a torch.nn.Module"
+        )
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"--model {spec!r} has no parameter to train: leave some with requires_grad")
+        raise UserError(
+            f"--model {spec!r} has no parameter to train: leave some with requires_grad"
+        )
     return model

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ from ddp_lib.errors import UserError
 from ddp_lib.world import World
 
 # torch 2.15 renames it; 2.11 knows the old name only.
-_NO_BUFFER_SYNC = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _PARAMETERS
+}
+if len(_NO_BUFFER_SYNC) == 2:
+    del _NO_BUFFER_SYNC["broadcast_buffers"]
+
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel; in a world of one, the model itself.
@@ -31,7 +34,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{_NO_BUFFER_SYNC: False},
+        **_NO_BUFFER_SYNC,
     )
 
 
@@ -80,7 +83,8 @@ class StepFlags:
 def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's state on the CPU, in plain memory order."""
     return {
-        name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
     }
 
 

@@ -31,7 +31,11 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    return {"ddp_lib": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "ddp_lib": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 @contextmanager

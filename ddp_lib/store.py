@@ -148,7 +148,9 @@ def share(store: dist.Store, what: str, value: str | None, timeout_s: float) -> 
         return value
     deadline = time.monotonic() + timeout_s
     if not network.first_hit(lambda: store.check([what]), deadline):
-        raise UserError(f"rank 0 did not give '{what.partition('/')[0]}' within {timeout_s:g} s: look at its output")
+        raise UserError(
+            f"rank 0 did not give '{what.partition('/')[0]}' within {timeout_s:g} s: look at its output"
+        )
     return store.get(what).decode()
 
 

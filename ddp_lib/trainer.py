@@ -173,8 +173,8 @@ class Trainer:
             last = number == parts - 1
             # Gradients add up here and are sent once: no_sync must hold forward and backward.
             net = self.net
-            held = not last and isinstance(net, DistributedDataParallel)
-            with net.no_sync() if held else nullcontext():
+            held = net if isinstance(net, DistributedDataParallel) and not last else None
+            with held.no_sync() if held else nullcontext():
                 with autocast(self.precision, self.world.device):
                     logits = net(x.chunk(parts)[number]).to(self.dtype)
                 part_loss = F.cross_entropy(

@@ -126,7 +126,9 @@ def test_losses_agree_step_by_step_in_float64(tmp_path, images_folder, shared_ca
         )
         run_ranks(train, ranks, settings, timeout_s=LIMIT_S)
         log = read_run(folder)
-        losses[ranks] = torch.tensor(log.groupby("step")["loss"].mean().tolist(), dtype=torch.double)
+        losses[ranks] = torch.tensor(
+            log.groupby("step")["loss"].mean().tolist(), dtype=torch.double
+        )
         assert len(losses[ranks]) == 50
     assert losses[1].std() > 1e-3  # something was learned
     assert (losses[1] - losses[2]).abs().max() < 1e-9
@@ -188,9 +190,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
         name = f"killed{step}"
         got = killed_and_resumed(tmp_path / name, settings(name), ranks, step)
         assert got == unbroken, f"killed in step {step}"
-    lost = killed_and_resumed(
-        tmp_path / "lost", settings("lost"), ranks, 8, lose_optimizer=True
-    )
+    lost = killed_and_resumed(tmp_path / "lost", settings("lost"), ranks, 8, lose_optimizer=True)
     assert lost != unbroken  # the control: the optimizer's state matters, and the test sees it
 
 

@@ -93,7 +93,10 @@ def test_the_worker_may_be_started_first():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR='no-such-host.invalid' does not resolve"),
+        (
+            {"MASTER_ADDR": "no-such-host.invalid"},
+            "MASTER_ADDR='no-such-host.invalid' does not resolve",
+        ),
         ({}, "nobody listens on MASTER_ADDR=127.0.0.1"),
     ],
 )

@@ -1,0 +1,103 @@
+"""What every benchmark writes, and the page made of it.
+
+python benchmarks/report.py      writes benchmarks/RESULTS.md from benchmarks/results/*.json
+
+A result file holds: title, what (a sentence: what was measured, and how), rows (each with name,
+unit and runs, all the single measurements), findings (sentences with the numbers that matter),
+machine, versions, date.
+"""
+
+import json
+import os
+import platform
+import statistics
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def save(
+    name: str, title: str, what: str, rows: list[dict[str, Any]], findings: list[str]
+) -> dict[str, Any]:
+    """Writes results/<name>.json with the machine it ran on, and returns its content."""
+    result = {
+        "title": title,
+        "what": what,
+        "rows": rows,
+        "findings": findings,
+        "machine": machine(),
+        "versions": versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, and system."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = named[0].partition(":")[2].strip() if named else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "ddp-lib"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a row with median, lowest, highest and the number of runs."""
+    lines = [
+        "| | median | lowest | highest | runs |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        runs, unit = row["runs"], row["unit"]
+        numbers = [f"{f(runs):.3g} {unit}" for f in (statistics.median, min, max)]
+        lines.append(f"| {row['name']} | {' | '.join(numbers)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def section(result: dict[str, Any]) -> str:
+    """One result as Markdown."""
+    where, used = result["machine"], result["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in used.items())
+    return "\n\n".join(
+        [
+            f"## {result['title']}",
+            result["what"],
+            table(result["rows"]),
+            "\n".join(f"- {finding}" for finding in result["findings"]),
+            f"{where['cpu']}, {where['cores']} cores, {where['system']}; {packages}; "
+            f"{result['date']}.",
+        ]
+    )
+
+
+def main() -> None:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    intro = (
+        "# Measurements\n\nMade by `make bench` and `make bench-full`, on the machine named under "
+        "each table. All single runs are in `benchmarks/results/`."
+    )
+    page = "\n\n".join([intro, *map(section, found)]) + "\n"
+    (HERE / "RESULTS.md").write_text(page)
+    print(f"{HERE / 'RESULTS.md'}: {len(found)} result(s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The processes of one run_ranks: started, listened to, shown, and ended."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from ddp_lib.rank_error import RankError, died, failed, is_consequence, stuck
+
+# After one rank has failed: how long the others may take to say what they saw.
+_GRACE_S = 1.0
+
+
+def context() -> Any:
+    """Fork server where there is one: ranks are forked from a process that has imported torch but
+    never computed, so a launch costs a tenth of a second and no thread is lost in the fork. Spawn
+    elsewhere, and on macOS, whose frameworks do not survive a fork."""
+    methods = multiprocessing.get_all_start_methods()
+    forkserver = "forkserver" in methods and sys.platform != "darwin"
+    return multiprocessing.get_context("forkserver" if forkserver else "spawn")
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keeps multiprocessing from running the caller's script again in each rank: cloudpickle sends
+    functions of `__main__` whole."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class Ranks:
+    """The processes of one launch."""
+
+    def __init__(
+        self, nproc: int, work: bytes, port: int, folder: Path, files: dict[str, str]
+    ) -> None:
+        from ddp_lib.rank_process import run
+
+        here = context()
+        self.files = files
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
+        self.outputs = [_Output(rank, folder / f"rank{rank}.txt") for rank in range(nproc)]
+        self.answers: dict[int, Any] = {}
+        try:
+            with _no_main_module():
+                for rank in range(nproc):
+                    ours, theirs = here.Pipe(duplex=True)
+                    process = here.Process(
+                        target=run,
+                        args=(
+                            theirs,
+                            work,
+                            _environment(rank, nproc, port),
+                            os.getcwd(),
+                            str(self.outputs[rank].path),
+                        ),
+                    )
+                    self.connections.append(ours)
+                    self.processes.append(process)
+                    process.start()
+                    theirs.close()
+        except BaseException:
+            self.end()
+            raise
+
+    def results(self, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        failures: dict[int, RankError] = {}
+        while len(self.answers) < len(self.processes):
+            self._receive(0.05)
+            self._show()
+            failures |= {r: f for r, f in self._failures().items() if r not in failures}
+            if failures:
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            causes = [f for f in failures.values() if not is_consequence(f)]
+            if len(causes) > 0 and len(failures) == len(self.processes):
+                break
+            if time.monotonic() > deadline:
+                break
+        if failures:
+            self.end()
+            self._show(to_the_end=True)
+            raise min(failures.values(), key=lambda f: (is_consequence(f), f.time))
+        if len(self.answers) < len(self.processes):
+            error = stuck(self._where(), timeout_s, self.files)
+            self.end()
+            self._show(to_the_end=True)
+            raise error
+        self._show(to_the_end=True)
+        return [cloudpickle.loads(self.answers[rank][1]) for rank in range(len(self.processes))]
+
+    def _receive(self, limit_s: float) -> None:
+        """Takes what ranks have sent, waiting up to `limit_s` for the first of it."""
+        open_ones = {
+            self.connections[rank]: rank
+            for rank in range(len(self.processes))
+            if rank not in self.answers
+        }
+        sentinels = [self.processes[rank].sentinel for rank in open_ones.values()]
+        ready = wait([*open_ones, *sentinels], timeout=limit_s)
+        for connection, rank in open_ones.items():
+            # A rank that has ended may have left its answer in the pipe.
+            if connection in ready or self.processes[rank].sentinel in ready:
+                try:
+                    while rank not in self.answers and connection.poll():
+                        kind, value = connection.recv()
+                        if kind != "stands":
+                            self.answers[rank] = (kind, value)
+                except (EOFError, OSError):
+                    pass
+                if rank not in self.answers and not self.processes[rank].is_alive():
+                    self.answers[rank] = ("died", self.processes[rank].exitcode)
+
+    def _failures(self) -> dict[int, RankError]:
+        found = {}
+        for rank, (kind, value) in self.answers.items():
+            if kind == "failed":
+                found[rank] = failed(rank, value, self.files)
+            elif kind == "died":
+                found[rank] = died(rank, value, self.outputs[rank].last_line())
+        return found
+
+    def _where(self) -> dict[int, Any]:
+        """Where each rank without an answer stands: its frames, or None if it does not say."""
+        stuck_ranks = [r for r in range(len(self.processes)) if r not in self.answers]
+        places: dict[int, Any] = dict.fromkeys(stuck_ranks)
+        for rank in stuck_ranks:
+            try:
+                self.connections[rank].send("where")
+                if self.connections[rank].poll(2.0):
+                    kind, value = self.connections[rank].recv()
+                    places[rank] = value if kind == "stands" else None
+            except (EOFError, OSError):
+                continue
+        return places
+
+    def _show(self, to_the_end: bool = False) -> None:
+        """Prints rank 0's output as it comes; rank 1's when rank 0 has ended; and so on."""
+        for rank, output in enumerate(self.outputs):
+            ended = to_the_end or rank in self.answers
+            output.show(ended)
+            if not ended:
+                return
+
+    def end(self) -> None:
+        """Ends whatever still runs, with the processes it started."""
+        import psutil
+
+        for process in self.processes:
+            if process.pid is None:
+                continue
+            try:
+                family = psutil.Process(process.pid).children(recursive=True)
+            except psutil.NoSuchProcess:
+                family = []
+            if process.is_alive() and not self._answered(process):
+                process.kill()
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join(5.0)
+            for child in family:
+                try:
+                    child.kill()
+                except psutil.NoSuchProcess:
+                    continue
+        for connection in self.connections:
+            connection.close()
+
+    def _answered(self, process: Any) -> bool:
+        return self.processes.index(process) in self.answers
+
+
+class _Output:
+    """A rank's output file, printed line by line with the rank in front."""
+
+    def __init__(self, rank: int, path: Path) -> None:
+        self.rank, self.path = rank, path
+        path.touch()
+        self._file = open(path, encoding="utf-8", errors="replace", newline="\n")
+        self._rest = ""
+        self._last = ""
+
+    def show(self, ended: bool) -> None:
+        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        if ended and self._rest:
+            lines.append(self._rest)
+            self._rest = ""
+        for line in lines:
+            self._last = line or self._last
+            print(f"[rank {self.rank}] {line.rstrip()}", flush=True)
+
+    def last_line(self) -> str:
+        lines = self.path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+
+def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """The caller's environment, and what torchrun would add to it."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": "run_ranks",
+        # A rank that ends at once must not be gone before its peers have connected.
+        "TORCH_DIST_INIT_BARRIER": "1",
+    }

@@ -1,0 +1,102 @@
+"""run_ranks: a function of a notebook's cell on several ranks, and what each of them returned."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from ddp_lib.errors import UserError
+from ddp_lib.local_ranks import Ranks, context
+from ddp_lib.rank_error import source_files
+
+
+def start_server() -> None:
+    """Starts the fork server, if it does not run yet; returns before it has imported torch."""
+    here = context()
+    if here.get_start_method() != "forkserver":
+        return
+    from multiprocessing.forkserver import ensure_running
+
+    here.set_forkserver_preload(["ddp_lib.rank_process"])
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads must not be forked
+    try:
+        ensure_running()
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
+
+
+def run_ranks(
+    fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """Runs `fn(*args)` on `nproc` ranks of this machine; returns what each returned, in rank order.
+
+    The ranks have the environment that torchrun would give them, so `init_process_group("gloo")`
+    and `World.join()` work as they are. Their output appears here, prefixed `[rank r]`: rank 0's
+    live, then rank 1's, and so on. timeout_s: seconds until ranks that still run count as stuck.
+
+    Raises RankError, naming the rank, for an exception, a death or a hang; UserError for arguments
+    that cannot work. No process is left behind, also after an interrupt.
+    """
+    if nproc < 1:
+        raise UserError(f"nproc is {nproc}: give a number of ranks, 1 or more")
+    if timeout_s <= 0:
+        raise UserError(f"timeout_s is {timeout_s}: give a number of seconds above 0")
+    try:
+        work = cloudpickle.dumps((fn, args))
+    except Exception as error:
+        raise UserError(
+            f"{getattr(fn, '__name__', 'fn')} or its arguments cannot be sent to the ranks "
+            f"({error}): make such objects inside the function"
+        ) from None
+    start_server()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _store() as port:
+        ranks = Ranks(nproc, work, port, Path(folder), source_files(fn))
+        try:
+            return ranks.results(timeout_s)
+        finally:
+            ranks.end()
+
+
+@contextmanager
+def _store() -> Iterator[int]:
+    """The port of a store that this process hosts, as torchrun's agent does: no port is picked that
+    another program could take before rank 0 has opened it."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
+    yield port
+    del store
+
+
+def _in_a_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return (
+        ipython is not None
+        and ipython.get_ipython() is not None
+        and multiprocessing.parent_process() is None
+    )
+
+
+if _in_a_notebook():
+    start_server()  # it imports torch while the reader's first cells run

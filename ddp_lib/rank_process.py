@@ -1,0 +1,106 @@
+"""The inside of a rank that `run_ranks` starts: runs the cell's function and sends back what it gave.
+
+The fork server imports this module, and with it torch, once; each rank is forked from there.
+"""
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One line of a stack: where it is, and in which function."""
+
+    file: str
+    line: int
+    function: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a rank, without its objects, which may not outlive the process."""
+
+    kind: str
+    text: str
+    frames: list[Frame]
+    time: float
+
+
+def _frames(summary: traceback.StackSummary) -> list[Frame]:
+    return [Frame(f.filename, f.lineno or 0, f.name) for f in summary]
+
+
+def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
+    """The body of a rank. Sends ("done", pickled result), ("failed", Failure) and, when asked while
+    it runs, ("stands", frames)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process decides
+    _print_to(output)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    if "OMP_NUM_THREADS" in env:
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    sending = threading.Lock()
+
+    def listen() -> None:
+        main = threading.main_thread().ident
+        try:
+            while True:
+                connection.recv()  # the only question: where does this rank stand?
+                stack = traceback.extract_stack(sys._current_frames()[main or 0])
+                with sending:
+                    connection.send(("stands", _frames(stack)))
+        except (EOFError, OSError):
+            os._exit(1)  # the notebook's process is gone
+
+    threading.Thread(target=listen, name="listen", daemon=True).start()
+    answer = _answer(work)
+    gc.collect()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with sending:
+        connection.send(answer)
+
+
+def _print_to(output: str) -> None:
+    """Sends this process's output, also that of C++ code and of children, to a file."""
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")
+    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")
+
+
+def _answer(work: bytes) -> tuple[str, Any]:
+    """Runs the function in a frame of its own, so that its locals (a DDP model) are gone after."""
+    try:
+        function, args = cloudpickle.loads(work)
+        result = function(*args)
+        try:
+            return "done", cloudpickle.dumps(result)
+        except Exception as error:
+            what = f"what the function returned cannot be sent back: {_text(error)}"
+            return "failed", Failure(type(error).__name__, what, [], time.time())
+    except BaseException as error:
+        frames = _frames(traceback.extract_tb(error.__traceback__))
+        traceback.clear_frames(error.__traceback__)
+        return "failed", Failure(type(error).__name__, _text(error), frames, time.time())
+
+
+def _text(error: BaseException) -> str:
+    return str(error).strip()
