@@ -9,7 +9,8 @@ from ddp_lib.errors import UserError
 
 # Fields that may differ between a run and its continuation: they do not change what is computed.
 _FREE_TO_DIFFER = frozenset(
-    "epochs run_dir data_dir resume checkpoint_every_s join_timeout_s timeout_s data_timeout_s backend".split()
+    "epochs run_dir data_dir resume checkpoint_every_s backend"
+    " join_timeout_s timeout_s data_timeout_s".split()
 )
 
 

@@ -1,12 +1,11 @@
 """ddp-launch: starts the ranks of this machine with torch's own elastic agent, or joins as one."""
 
 import dataclasses
-import logging
 import os
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -15,15 +14,15 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
 from ddp_lib.failure import as_exit_status
 from ddp_lib.network import port_number
-from ddp_lib.stop import AGENT
+from ddp_lib.stop import AGENT, StopSignal, end_all_below
 
 USAGE = """usage: ddp-launch {train,plot} ...
 
   train   train on this machine or on several: ddp-launch train --help
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
 """
-# What ranks get before they are killed; they leave by themselves one second sooner (stop.py).
-SHUTDOWN_S = 5
+# After a signal all are gone by then: half a second later than the ranks' own limit (stop.py).
+_LIMIT_S = 4.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class LaunchOptions:
 class PlotOptions:
     """What to draw."""
 
-    run_dir: Annotated[str, tyro.conf.Positional]
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run."""
     out: str = ""
     """File to write; loss.png in the run's folder if not given."""
@@ -81,14 +80,15 @@ def plot(args: list[str]) -> int:
 
 
 def train(args: list[str]) -> int:
-    options, _ = parse(tuple[LaunchOptions, TrainConfig], args, "ddp-launch train")
-    names = {"--" + field.name for field in dataclasses.fields(LaunchOptions)}
+    options, config = parse(tuple[LaunchOptions, TrainConfig], args, "ddp-launch train")
+    names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(LaunchOptions)}
     ours, theirs = _split(args, names)
     if not ours and _placed_from_outside():
         from ddp_lib.train import main as rank_main
 
         return rank_main(theirs)
-    return start_agent(options, [sys.executable, "-u", "-m", "ddp_lib.train", *theirs])
+    command = [sys.executable, "-u", "-m", "ddp_lib.train", *theirs]
+    return start_agent(options, config.join_timeout_s, command)
 
 
 def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
@@ -98,10 +98,8 @@ def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
     rest = iter(args)
     for word in rest:
         flag, has_value, _ = word.partition("=")
-        if flag.replace("_", "-").replace("--", "--") in {n.replace("_", "-") for n in names}:
-            ours.append(word)
-            if not has_value:
-                ours.append(next(rest))
+        if flag.replace("_", "-") in names:
+            ours += [word] if has_value else [word, next(rest)]
         else:
             theirs.append(word)
     return ours, theirs
@@ -111,105 +109,45 @@ def _placed_from_outside() -> bool:
     """Whether somebody else (docker run -e, srun, torchrun) has given this process its rank."""
     env = os.environ
     return bool({"RANK", "WORLD_SIZE", "MASTER_ADDR"} & env.keys()) or (
-        "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS") != "1"
+        "SLURM_PROCID" in env
+        and "SLURM_STEP_ID" in env
+        and env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS")) != "1"
     )
 
 
-def start_agent(options: LaunchOptions, command: list[str]) -> int:
+def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str]) -> int:
     """Runs `command` as this machine's ranks; returns 0, or the status of the first that failed."""
     nodes = _nodes(options.nnodes)
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts is {options.max_restarts}: give a number of at least 0")
-    _check_endpoint(options.rdzv_endpoint, nodes[1])
-    nproc = _nproc(options.nproc_per_node)
-    alone = nodes[1] == 1 and not options.rdzv_endpoint
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    # With the agent's store shared, a restart of the ranks meets the keys of those that died.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ[AGENT] = str(os.getpid())
+    if not options.rdzv_id.strip():
+        raise UserError("--rdzv-id is empty: give the job a name, the same on every machine")
+    endpoint = _endpoint(options.rdzv_endpoint, nodes[1])
+    with StopSignal(_LIMIT_S, _end_now, impatient=True):
+        nproc = _nproc(options.nproc_per_node)
+        # Before torch loads, which reads it.
+        threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
+        # With the agent's store shared, a restart of the ranks meets the keys of those that died.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        os.environ[AGENT] = str(os.getpid())
+        where = "" if endpoint is None else f", one of {options.nnodes} machines"
+        meeting = "" if endpoint is None else f" meeting at {options.rdzv_endpoint},"
+        print(
+            f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where},{meeting} "
+            f"OMP_NUM_THREADS={threads} a rank",
+            flush=True,
+        )
+        from ddp_lib.agent import run_agent
 
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
-        logging.disable(logging.ERROR)
-    settings: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S}
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    config = LaunchConfig(
-        min_nodes=nodes[0],
-        max_nodes=nodes[1],
-        nproc_per_node=nproc,
-        run_id=options.rdzv_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if alone else options.rdzv_endpoint,
-        local_addr="127.0.0.1" if alone else None,
-        max_restarts=options.max_restarts,
-        logs_specs=DefaultLogsSpecs(),
-        **{name: value for name, value in settings.items() if name in known},
-    )
-    where = "" if alone else f", {options.nnodes} machine(s), meeting at {options.rdzv_endpoint}"
-    print(
-        f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where}; "
-        f"{os.environ['OMP_NUM_THREADS']} thread(s) a rank",
-        flush=True,
-    )
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-        return 0
-    except ChildFailedError as failed:
-        rank, failure = _cause(failed.failures)
-        text = _describe(failure)
-        print(f"ddp-launch: error: rank {rank} on {failed_host(failed)}: {text}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    except RendezvousError as error:
-        raise UserError(
-            f"the machines did not meet at {options.rdzv_endpoint or 'this machine'} "
-            f"({' '.join(str(error).split())[:200]}): check --rdzv-endpoint and --nnodes"
-        ) from error
-    finally:
-        _end_leftovers()
+        return run_agent(
+            command, nproc, nodes, endpoint, options.rdzv_id, options.max_restarts, join_timeout_s
+        )
 
 
-def failed_host(_: Any) -> str:
-    # The agent knows the failures of its own machine only.
-    return socket.gethostname()
-
-
-def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
-    """The failure that came first and is not the consequence of another's."""
-
-    def order(item: tuple[int, Any]) -> tuple[bool, float]:
-        message = item[1].message
-        extra = message.get("extraInfo", {}) if isinstance(message, dict) else {}
-        return bool(extra.get("secondary")), float(extra.get("time", item[1].timestamp))
-
-    return min(failures.items(), key=order)
-
-
-def _describe(failure: Any) -> str:
-    if isinstance(failure.message, dict):
-        return str(failure.message["message"])
-    if failure.exitcode < 0:
-        return f"died of {failure.signal_name()}"
-    return f"ended with status {failure.exitcode}"
-
-
-def _end_leftovers() -> None:
-    """Ends what the agent, interrupted while it shut down, may have left running."""
-    import psutil
-
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+def _end_now(number: int) -> None:
+    """Called from a thread when the time to leave is over, or at the second Ctrl-C."""
+    end_all_below()
+    os._exit(128 + number)
 
 
 def _nodes(text: str) -> tuple[int, int]:
@@ -223,6 +161,10 @@ def _nodes(text: str) -> tuple[int, int]:
     return nodes
 
 
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _nproc(text: str) -> int:
     if text == "auto":
         import torch
@@ -233,21 +175,26 @@ def _nproc(text: str) -> int:
     return int(text)
 
 
-def _check_endpoint(endpoint: str, most_nodes: int) -> None:
-    if not endpoint:
+def _endpoint(text: str, most_nodes: int) -> tuple[str, int] | None:
+    if not text:
         if most_nodes > 1:
             raise UserError(
                 f"--nnodes {most_nodes} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
                 "such as 192.168.1.10:29500, and the same on all"
             )
-        return
-    host, _, port = endpoint.rpartition(":")
-    if not host or (":" in host and not host.startswith("[")):
+        return None
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not bare
+        or (":" in bare) != host.startswith("[")
+        or host.startswith("[") != host.endswith("]")
+    ):
         raise UserError(
-            f"--rdzv-endpoint {endpoint!r}: write HOST:PORT, such as master:29500, "
+            f"--rdzv-endpoint {text!r}: write HOST:PORT, such as master:29500, "
             "and brackets around an IPv6 address, [fd77::10]:29500"
         )
-    port_number("--rdzv-endpoint's port", port)
+    return bare, port_number("--rdzv-endpoint's port", port)
 
 
 if __name__ == "__main__":

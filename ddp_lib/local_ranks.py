@@ -85,9 +85,6 @@ class Ranks:
             failures |= {r: f for r, f in self._failures().items() if r not in failures}
             if failures:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
-            causes = [f for f in failures.values() if not is_consequence(f)]
-            if len(causes) > 0 and len(failures) == len(self.processes):
-                break
             if time.monotonic() > deadline:
                 break
         if failures:
@@ -166,10 +163,10 @@ class Ranks:
                 family = psutil.Process(process.pid).children(recursive=True)
             except psutil.NoSuchProcess:
                 family = []
-            if process.is_alive() and not self._answered(process):
+            if process.is_alive() and self.processes.index(process) not in self.answers:
                 process.kill()
             process.join(5.0)
-            if process.is_alive():
+            if process.is_alive():  # it has answered, but does not end
                 process.kill()
                 process.join(5.0)
             for child in family:
@@ -180,9 +177,6 @@ class Ranks:
         for connection in self.connections:
             connection.close()
 
-    def _answered(self, process: Any) -> bool:
-        return self.processes.index(process) in self.answers
-
 
 class _Output:
     """A rank's output file, printed line by line with the rank in front."""
@@ -190,18 +184,20 @@ class _Output:
     def __init__(self, rank: int, path: Path) -> None:
         self.rank, self.path = rank, path
         path.touch()
-        self._file = open(path, encoding="utf-8", errors="replace", newline="\n")
-        self._rest = ""
-        self._last = ""
+        self._read = 0
+        self._rest = b""
 
     def show(self, ended: bool) -> None:
-        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        self._read += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
         if ended and self._rest:
             lines.append(self._rest)
-            self._rest = ""
+            self._rest = b""
         for line in lines:
-            self._last = line or self._last
-            print(f"[rank {self.rank}] {line.rstrip()}", flush=True)
+            print(f"[rank {self.rank}] {line.decode(errors='replace').rstrip()}", flush=True)
 
     def last_line(self) -> str:
         lines = self.path.read_text(encoding="utf-8", errors="replace").strip().splitlines()

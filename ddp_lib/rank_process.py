@@ -4,6 +4,7 @@ The fork server imports this module, and with it torch, once; each rank is forke
 """
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -82,8 +83,9 @@ def _print_to(output: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")
-    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
 
 
 def _answer(work: bytes) -> tuple[str, Any]:

@@ -113,3 +113,4 @@ def _end(started: list[subprocess.Popen[bytes]]) -> None:
             continue
     for process in started:
         process.wait(_GRACE_S)
+    psutil.wait_procs(alive, timeout=_GRACE_S)

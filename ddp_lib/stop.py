@@ -1,31 +1,42 @@
-"""Ctrl-C and SIGTERM in a rank: leave in order, together, and soon."""
+"""Ctrl-C, SIGTERM and a closed terminal: leave in order, together, and soon."""
 
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class StopSignal:
     """Inside `with StopSignal() as stop:` a signal ends the process with status 128 + its number.
 
     At once, by SystemExit, but within `stop.deferred()` it only sets `stop.requested`, for a loop
-    that agrees with the other ranks on the step at which to leave. A rank that is blocked inside a
-    collective runs no Python handler: a thread ends it `grace_s` seconds after the signal.
+    that agrees with the other ranks on the step at which to leave. A process that is blocked inside
+    C++, as a rank in a collective is, runs no Python handler: a thread calls `at_last` (with the
+    signal's number; default: leave with 128 + it) `grace_s` seconds after the first signal, or, with
+    `impatient`, at the second.
 
     Outside the main thread, and without `with`, it does nothing: notebooks keep their own handlers.
     """
 
-    def __init__(self, grace_s: float = 4.0) -> None:
+    def __init__(
+        self,
+        grace_s: float = 4.0,
+        at_last: Callable[[int], None] | None = None,
+        impatient: bool = False,
+    ) -> None:
         self.requested = 0
         self.grace_s = grace_s
+        self._at_last = at_last or (lambda number: os._exit(128 + number))
+        self._impatient = impatient
         self._deferred = False
         self._old: dict[int, Any] = {}
 
@@ -41,17 +52,25 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
-            self._old = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._old = {n: signal.signal(n, self._handle) for n in signals_to_heed()}
             self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._restore)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._old:
-            signal.set_wakeup_fd(self._old_fd)
-            for number, handler in self._old.items():
-                signal.signal(number, handler)
+            self._restore()
             self._writer.close()  # the thread reads the end and leaves
+
+    def _restore(self) -> None:
+        """Also in a forked child (a worker of a DataLoader): its signals are not this process's."""
+        old, self._old = self._old, {}
+        if old:
+            signal.set_wakeup_fd(self._old_fd)
+            for number, handler in old.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
@@ -62,18 +81,42 @@ class StopSignal:
         """Runs in a thread: Python writes each signal's number to the socket as it arrives, also
         while the main thread is inside C++."""
         with self._reader:
-            while received := self._reader.recv(1):
+            number, deadline = 0, 0.0
+            while True:
+                try:
+                    if number:
+                        self._reader.settimeout(max(0.001, deadline - time.monotonic()))
+                    received = self._reader.recv(1)
+                except TimeoutError:
+                    break
+                if not received:
+                    return
                 if received[0] in _SIGNALS:
-                    self._reader.settimeout(self.grace_s)
-                    deadline = time.monotonic() + self.grace_s
-                    try:
-                        while self._reader.recv(1) and time.monotonic() < deadline:
-                            pass  # further signals do not lengthen the grace
-                        if time.monotonic() < deadline:
-                            return
-                    except TimeoutError:
-                        pass
-                    os._exit(128 + received[0])
+                    if number and self._impatient:
+                        break
+                    if not number:  # further signals do not lengthen the grace
+                        number, deadline = received[0], time.monotonic() + self.grace_s
+            self._at_last(number)
+
+
+def signals_to_heed() -> list[signal.Signals]:
+    """Those that ask to leave; not the closed terminal's where `nohup` has switched that off."""
+    return [
+        number
+        for number in _SIGNALS
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
+def end_all_below() -> None:
+    """Ends every process that this one started, and theirs, at once."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 AGENT = "DDP_LIB_AGENT"  # process number of the ddp-launch that started this rank

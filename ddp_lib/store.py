@@ -133,8 +133,8 @@ def exchange(
         if time.monotonic() > deadline:
             missing = ", ".join(str(r) for r in range(world_size) if r not in found)
             raise UserError(
-                f"rank(s) {missing} of {world_size} did not reach '{what.partition('/')[0]}' within {limit_s:g} s: "
-                "start them, look at their output, or lower WORLD_SIZE"
+                f"rank(s) {missing} of {world_size} did not reach '{what.partition('/')[0]}' within "
+                f"{limit_s:g} s: start them, look at their output, or lower WORLD_SIZE"
             )
         time.sleep(pause_s)
         pause_s = min(0.2, pause_s * 1.5)
