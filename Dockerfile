@@ -2,8 +2,8 @@
 #   docker build -t ddp .
 #   docker run --rm --network host -v "$PWD/runs:/home/app/runs" ddp train --data shapes --nproc-per-node 2
 #   docker run --rm --network host -e MASTER_ADDR=10.0.0.1 -e MASTER_PORT=29500 -e WORLD_SIZE=2 -e RANK=0 ddp
-# Without a GPU, a smaller image from PyTorch's index of CPU-only packages:
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu -t ddp .
+# Without a GPU, a smaller image from an index that holds CPU-only builds of torch and torchvision:
+#   docker build --build-arg PIP_EXTRA_INDEX_URL=URL -t ddp .
 FROM python:3.11-slim-bookworm
 
 # pip reads this from the environment of each RUN; empty means none.

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any
 
@@ -124,16 +125,33 @@ def _rendezvous(
         "join_timeout": max(1, round(join_timeout_s)),
         "read_timeout": max(1, round(join_timeout_s)),
     }
-    while True:
-        try:
+
+    def give_up() -> None:
+        print(
+            f"ddp-launch: error: {text} answers, but not as a rendezvous: another program has this "
+            "port, choose a free one for --rdzv-endpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    # A program that accepts and then is silent would hold torch in C++ for ever.
+    limit = threading.Timer(join_timeout_s + 2, give_up)
+    limit.daemon = True
+    limit.start()
+    try:
+        for is_host in (True, False) if own else (False,):
             parameters = RendezvousParameters(
-                "c10d", text, job, *nodes, local_addr=address, is_host=own, **settings
+                "c10d", text, job, *nodes, local_addr=address, is_host=is_host, **settings
             )
-            return get_rendezvous_handler(parameters), address
-        except RendezvousConnectionError:
-            if not own:
-                raise
-            own = False  # another agent of this machine hosts it
+            try:
+                return get_rendezvous_handler(parameters), address
+            except RendezvousConnectionError:
+                if not is_host:
+                    raise  # else: perhaps another agent of this machine hosts it
+    finally:
+        limit.cancel()
+    raise AssertionError
 
 
 def describe(failures: dict[int, ProcessFailure]) -> tuple[str, int]:

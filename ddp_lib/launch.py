@@ -42,8 +42,16 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True)
+class TrainCommand:
+    """Trains on this machine, or on several."""
+
+    launch: LaunchOptions
+    training: TrainConfig
+
+
+@dataclass(frozen=True)
 class PlotOptions:
-    """What to draw."""
+    """Draws a run's losses, accuracy and speed."""
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run."""
@@ -80,15 +88,15 @@ def plot(args: list[str]) -> int:
 
 
 def train(args: list[str]) -> int:
-    options, config = parse(tuple[LaunchOptions, TrainConfig], args, "ddp-launch train")
+    given = parse(TrainCommand, args, "ddp-launch train")
     names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(LaunchOptions)}
     ours, theirs = _split(args, names)
     if not ours and _placed_from_outside():
         from ddp_lib.train import main as rank_main
 
         return rank_main(theirs)
-    command = [sys.executable, "-u", "-m", "ddp_lib.train", *theirs]
-    return start_agent(options, config.join_timeout_s, command)
+    command = [sys.executable, "-u", "-m", "ddp_lib.rank", *theirs]
+    return start_agent(given.launch, given.training.join_timeout_s, command)
 
 
 def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
@@ -129,7 +137,6 @@ def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
         # With the agent's store shared, a restart of the ranks meets the keys of those that died.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        os.environ[AGENT] = str(os.getpid())
         where = "" if endpoint is None else f", one of {options.nnodes} machines"
         meeting = "" if endpoint is None else f" meeting at {options.rdzv_endpoint},"
         print(
@@ -139,9 +146,19 @@ def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str
         )
         from ddp_lib.agent import run_agent
 
-        return run_agent(
-            command, nproc, nodes, endpoint, options.rdzv_id, options.max_restarts, join_timeout_s
-        )
+        os.environ[AGENT] = str(os.getpid())  # for the ranks
+        try:
+            return run_agent(
+                command,
+                nproc,
+                nodes,
+                endpoint,
+                options.rdzv_id,
+                options.max_restarts,
+                join_timeout_s,
+            )
+        finally:
+            del os.environ[AGENT]
 
 
 def _end_now(number: int) -> None:

@@ -90,7 +90,7 @@ class Ranks:
         if failures:
             self.end()
             self._show(to_the_end=True)
-            raise min(failures.values(), key=lambda f: (is_consequence(f), f.time))
+            raise _cause(list(failures.values()))
         if len(self.answers) < len(self.processes):
             error = stuck(self._where(), timeout_s, self.files)
             self.end()
@@ -176,6 +176,13 @@ class Ranks:
                     continue
         for connection in self.connections:
             connection.close()
+
+
+def _cause(failures: list[RankError]) -> RankError:
+    """The first failure that is not the consequence of another rank's; of ranks that failed alike,
+    the lowest, so that the answer does not depend on which came first."""
+    first = min(failures, key=lambda f: (is_consequence(f), f.time))
+    return min((f for f in failures if f.what == first.what), key=lambda f: f.rank)
 
 
 class _Output:

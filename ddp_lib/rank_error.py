@@ -29,6 +29,7 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, text: str, consequence: bool = False, at: float = 0.0) -> None:
         super().__init__(text)
         self.rank = rank
+        self.what = text.removeprefix(f"rank {rank}")
         self.consequence = consequence
         self.time = at or time.time()
 

@@ -154,12 +154,14 @@ def test_a_hang_says_where_each_rank_stands():
 
 
 def test_what_cannot_work_is_refused():
+    import threading
+
+    lock = threading.Lock()
     for call, says in [
         (lambda: run_ranks(identity, 0), "nproc is 0"),
         (lambda: run_ranks(identity, 2, timeout_s=0), "timeout_s is 0"),
         (lambda: run_ranks(lambda: lock, 1), "cannot be sent"),
     ]:
-        lock = __import__("threading").Lock()
         with pytest.raises(UserError, match=says) as refused:
             call()
         assert "\n" not in str(refused.value)

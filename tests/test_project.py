@@ -22,8 +22,8 @@ PAGES = sorted(ROOT.glob("*.md"))
 # From top to bottom: a module imports only from those below it.
 ORDER = """
     launch check
-    agent
-    notebook rehearsal rank_error rank_process
+    agent rank
+    notebook local_ranks rehearsal rank_error rank_process
     train trainer plots
     runfolder console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
