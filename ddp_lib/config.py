@@ -33,13 +33,13 @@ class TrainConfig:
     """Images a step over all ranks together; a rank takes global_batch_size / world size of them."""
     accumulate: int = 1
     """Micro-batches a rank's share is cut into; gradients are summed, communication happens once."""
-    lr: float = 0.4
+    lr: float = 0.12
     """Peak learning rate of the one-cycle schedule."""
     momentum: float = 0.9
     """Momentum of SGD (Nesterov's form)."""
-    weight_decay: float = 5e-4
+    weight_decay: float = 3e-4
     """L2 penalty on the weights; biases and BatchNorm's parameters are left out."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
     """Share of the target given to the other classes, 0 to below 1."""
     warmup: float = 0.2
     """Share of the steps in which the learning rate rises to its peak."""

@@ -203,8 +203,11 @@ class _Output:
         if ended and self._rest:
             lines.append(self._rest)
             self._rest = b""
+        prefix = f"[rank {self.rank}] "
         for line in lines:
-            print(f"[rank {self.rank}] {line.decode(errors='replace').rstrip()}", flush=True)
+            text = line.decode(errors="replace").rstrip()
+            # World and the training's console name the rank themselves.
+            print(text if text.startswith(prefix) else prefix + text, flush=True)
 
     def last_line(self) -> str:
         lines = self.path.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -30,14 +30,14 @@ class SimpleModel(nn.Module):
             conv_block(3, 32),
             conv_block(32, 32),
             nn.MaxPool2d(2),
-            conv_block(32, 64),
-            conv_block(64, 64),
+            conv_block(32, 96),
+            conv_block(96, 96),
             nn.MaxPool2d(2),
-            conv_block(64, 128),
-            conv_block(128, 128),
+            conv_block(96, 192),
+            conv_block(192, 192),
             nn.AdaptiveMaxPool2d(1),
         )
-        self.classifier = nn.Linear(128, num_classes)
+        self.classifier = nn.Linear(192, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images).flatten(1))
