@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
     host, port = place.master_addr, place.master_port
     if place.rank == 0 and not by_agent:
         server, address = network.listen(host, port, join_timeout_s, place.one_machine)
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             address,
             port,
             None,
@@ -49,17 +50,38 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
         )
     else:
         address = network.wait_for_master(host, port, join_timeout_s)
-        try:
-            with _without_stderr():
-                store = dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"MASTER_ADDR={host} MASTER_PORT={port} answers, but not as a PyTorch store "
-                f"({first_line(error)}): another program has this port, choose a free one"
-            ) from error
+        store = _connect(address, port, timeout, f"MASTER_ADDR={host} MASTER_PORT={port}")
     # After a restart under torchrun the agent's store still holds the keys of the attempt before.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+
+
+def _connect(address: str, port: int, timeout: timedelta, named: str) -> dist.Store:
+    """A client of the store; UserError where something else answers, or nothing does.
+
+    In a thread: torch waits without limit for the first word of a program that accepts and is silent.
+    """
+    outcome: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(
+                dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+            )
+        except (RuntimeError, ValueError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    with _without_stderr():
+        thread.start()
+        thread.join(timeout.total_seconds() + 1)
+    found = outcome[0] if outcome else TimeoutError("it accepts and is silent")
+    if isinstance(found, Exception):
+        raise UserError(
+            f"{named} answers, but not as a PyTorch store ({first_line(found)}): "
+            "another program has this port, choose a free one"
+        ) from found
+    return found
 
 
 @contextmanager

@@ -20,7 +20,7 @@ try:
     with World.join(join_timeout_s=float(sys.argv[1])) as world:
         print("sum", int(world.sum(torch.ones(1))), "of", world.world_size)
 except UserError as error:
-    print("refused:", error)
+    print("refused:", error, file=sys.stderr)
     sys.exit(2)
 """
 LIMIT_S = 60
@@ -156,6 +156,15 @@ def test_another_program_has_the_port():
         assert code == 2 and f"MASTER_PORT={port}" in text and text.count("\n") == 1
         code, text = outcome(start(3, **four(0, port)))
         assert code == 2 and f"MASTER_PORT={port} cannot be opened" in text
+
+
+@pytest.mark.ranks
+def test_a_silent_program_has_the_port():
+    """It accepts every connection and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code, text = outcome(start(2, **four(1, port)))
+        assert code == 2 and f"MASTER_PORT={port}" in text and text.count("\n") == 1
 
 
 @pytest.mark.ranks
