@@ -98,6 +98,19 @@ def test_output_comes_in_rank_order_with_the_rank_in_front(capsys):
     assert capsys.readouterr().out.splitlines() == want
 
 
+def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
+    import multiprocessing
+
+    from ddp_lib import local_ranks, notebook
+
+    def spawn():
+        return multiprocessing.get_context("spawn")
+
+    monkeypatch.setattr(local_ranks, "context", spawn)
+    monkeypatch.setattr(notebook, "context", spawn)
+    assert [r.tolist() for r in run_ranks(summed, 2, 1.0, timeout_s=LIMIT_S)] == [[1.0, 1.0]] * 2
+
+
 def fails_on_one() -> None:
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
