@@ -33,7 +33,7 @@ class TrainConfig:
     """Images a step over all ranks together; a rank takes global_batch_size / world size of them."""
     accumulate: int = 1
     """Micro-batches a rank's share is cut into; gradients are summed, communication happens once."""
-    lr: float = 0.12
+    lr: float = 0.2
     """Peak learning rate of the one-cycle schedule."""
     momentum: float = 0.9
     """Momentum of SGD (Nesterov's form)."""

@@ -40,7 +40,9 @@ class SimpleModel(nn.Module):
         self.classifier = nn.Linear(192, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(images).flatten(1))
+        # Scaled down: the largest activations over an image make large logits, and the first steps
+        # would leap about (one epoch of `shapes` then ends at 13 % instead of 66 %, one run each).
+        return 0.2 * self.classifier(self.features(images).flatten(1))
 
 
 def build_model(spec: str, num_classes: int) -> nn.Module:
