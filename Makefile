@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 5
+DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 4
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
