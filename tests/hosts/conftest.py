@@ -1,0 +1,37 @@
+"""Fixtures of the tests on several machines."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from machines import Lab, missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.hosts)
+
+
+@pytest.fixture(scope="session")
+def _lacks() -> str:
+    return missing()
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path, _lacks: str) -> Iterator[Callable[..., Lab]]:
+    """make_lab(count, names=..., ipv4=..., ipv6=...): machines that are gone when the test ends."""
+    if _lacks:
+        pytest.skip(_lacks)
+    with ExitStack() as stack:
+
+        def make(count: int, **settings: Any) -> Lab:
+            return stack.enter_context(Lab(count, tmp_path, **settings))
+
+        yield make
