@@ -14,21 +14,17 @@ from machines import Lab, missing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.hosts)
-
-
-@pytest.fixture(scope="session")
-def _lacks() -> str:
-    return missing()
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    lacks = missing() if here else ""
+    for item in here:
+        item.add_marker(pytest.mark.hosts)
+        if lacks:
+            item.add_marker(pytest.mark.skip(reason=lacks))
 
 
 @pytest.fixture
-def make_lab(tmp_path: Path, _lacks: str) -> Iterator[Callable[..., Lab]]:
+def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
     """make_lab(count, names=..., ipv4=..., ipv6=...): machines that are gone when the test ends."""
-    if _lacks:
-        pytest.skip(_lacks)
     with ExitStack() as stack:
 
         def make(count: int, **settings: Any) -> Lab:

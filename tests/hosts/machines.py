@@ -200,12 +200,7 @@ class Machine:
     def end_all(self) -> None:
         """SIGKILL to all that runs here, as when the power fails (`cut` first, and no peer hears)."""
         while running := self.processes():  # again: a process may have started another meanwhile
-            for process in running:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(running, timeout=_LIMIT_S)
+            _kill(running)
         for program in self._programs:
             program.wait(_LIMIT_S)
 
@@ -321,12 +316,19 @@ class Program:
 
     def end(self) -> None:
         """SIGKILL to the command and all that it started."""
-        for process in self.processes():
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        _kill(self.processes())
         self.wait(_LIMIT_S)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL; returns when all are gone."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(processes, timeout=_LIMIT_S)
+    assert not alive, alive
 
 
 def _plain_environment() -> dict[str, str]:
