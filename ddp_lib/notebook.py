@@ -24,7 +24,8 @@ def start_server() -> None:
         return
     from multiprocessing.forkserver import ensure_running
 
-    here.set_forkserver_preload(["ddp_lib.rank_process"])
+    # DDP imports torch._dynamo when it wraps its first model: seconds, here once and not in each rank.
+    here.set_forkserver_preload(["ddp_lib.rank_process", "torch._dynamo"])
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads must not be forked
     try:

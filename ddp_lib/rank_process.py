@@ -50,6 +50,7 @@ def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, o
     _print_to(output)
     os.environ.clear()
     os.environ.update(env)
+    dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     os.chdir(folder)
     if "OMP_NUM_THREADS" in env:
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))

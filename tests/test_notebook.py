@@ -98,6 +98,25 @@ def test_output_comes_in_rank_order_with_the_rank_in_front(capsys):
     assert capsys.readouterr().out.splitlines() == want
 
 
+def test_the_debug_level_of_the_environment_holds(monkeypatch):
+    def level() -> str:
+        return str(dist.get_debug_level().name)
+
+    assert run_ranks(level, 1, timeout_s=LIMIT_S) == ["OFF"]
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    assert run_ranks(level, 1, timeout_s=LIMIT_S) == ["DETAIL"]
+
+
+def test_a_rank_imports_nothing_to_wrap_a_model_in_ddp():
+    def imported() -> int:
+        before = set(sys.modules)
+        dist.init_process_group("gloo")
+        torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        return len(set(sys.modules) - before)
+
+    assert run_ranks(imported, 2, timeout_s=LIMIT_S) == [0, 0]
+
+
 def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
     import multiprocessing
 
