@@ -52,8 +52,8 @@ class TrainConfig:
     init_from: str = ""
     """A cifar_net.pth to start from, instead of fresh weights."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from a checkpoint in run_dir if there is one; never: refuse a used run_dir;
-    must: refuse an empty one."""
+    """auto: go on from a checkpoint in run_dir if there is one; never: start anew, what is there is
+    kept in run_dir/earlier-1; must: refuse a run_dir without a checkpoint."""
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints within an epoch; each epoch's end writes one too."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
