@@ -1,7 +1,6 @@
 """The project as a whole: what its files promise each other."""
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -16,8 +15,6 @@ import ddp_lib
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ddp_lib").glob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = sorted(ROOT.glob("*.md"))
 
 # From top to bottom: a module imports only from those below it.
 ORDER = """
@@ -146,118 +143,3 @@ def test_make_help_lists_every_target():
     listed = {line.split()[1] for line in done.stdout.splitlines()}
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert listed == rules == make_targets()
-
-
-# The notebooks and the pages
-
-
-def faults(notebook: dict) -> list[str]:
-    """What keeps a notebook's committed outputs from being compared. nbval passes over a cell
-    without an execution count, and over a command after `!` that fails."""
-    found = []
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    code = [cell for cell in code if "".join(cell["source"]).strip()]
-    counts = [cell["execution_count"] for cell in code]
-    if counts != [*range(1, len(code) + 1)]:
-        found.append(f"not run from top to bottom: execution counts {counts}")
-    for number, cell in enumerate(code, 1):
-        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
-        ends_in_error = any(output["output_type"] == "error" for output in cell["outputs"])
-        if ends_in_error != ("raises-exception" in tags):
-            found.append(
-                f"cell {number}: an error without the tag raises-exception, or the tag alone"
-            )
-        if re.search(r"^\s*!", source, re.M):
-            found.append(f"cell {number}: a command after ! may fail unseen")
-        if len(source.splitlines()) > 25:
-            found.append(f"cell {number}: {len(source.splitlines())} lines")
-        if len(re.findall(r"nbval-ignore-output|nbval-skip", " ".join(tags))) > 0 and (
-            "assert" not in source
-        ):
-            found.append(f"cell {number}: its output is not compared, and it asserts nothing")
-    return found
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_run_from_top_to_bottom(path):
-    assert faults(json.loads(path.read_text())) == []
-
-
-def test_an_unrun_notebook_is_seen():
-    def cell(count, source="x = 1", tags=(), outputs=()):
-        return {
-            "cell_type": "code",
-            "execution_count": count,
-            "source": [source],
-            "metadata": {"tags": [*tags]},
-            "outputs": [*outputs],
-        }
-
-    error = {"output_type": "error"}
-    good = [cell(1), cell(2, tags=["raises-exception"], outputs=[error]), cell(None, " ")]
-    assert faults({"cells": good}) == []
-    for bad in (
-        cell(None),
-        cell(3),
-        cell(1, outputs=[error]),
-        cell(1, tags=["raises-exception"]),
-        cell(1, "!ls"),
-        cell(1, "x = 1\n" * 26),
-        cell(1, tags=["nbval-ignore-output"]),
-    ):
-        assert len(faults({"cells": [bad]})) == 1
-
-
-def page_text(path: Path) -> str:
-    if path.suffix != ".ipynb":
-        return path.read_text()
-    cells = json.loads(path.read_text())["cells"]
-    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-
-
-def anchors(text: str) -> set[str]:
-    """The ids that headings get on GitHub."""
-    heads = re.findall(r"^#+ (.+)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
-
-
-@pytest.mark.parametrize("path", PAGES + NOTEBOOKS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
-    text = page_text(path)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        there = path.parent / file if file else path
-        assert there.exists(), target
-        if anchor and path.suffix == there.suffix == ".md":
-            assert anchor in anchors(there.read_text()), target
-
-
-def code_in(text: str) -> list[str]:
-    """Lines of code blocks, and pieces `between backticks`."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S)
-    rest = re.sub(r"^```[^\n]*\n(.*?)^```", "", text, flags=re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()] + re.findall(
-        r"`([^`\n]+)`", rest
-    )
-
-
-@pytest.mark.parametrize("path", PAGES + NOTEBOOKS, ids=lambda path: path.name)
-def test_named_make_targets_exist(path):
-    named = {
-        name
-        for code in code_in(page_text(path))
-        for name in re.findall(r"(?:^\s*|&& |; )make ([a-z][a-z-]*)", code)
-    }
-    assert named <= make_targets()
-
-
-@pytest.mark.parametrize("path", PAGES + NOTEBOOKS, ids=lambda path: path.name)
-def test_named_files_exist(path):
-    """Paths between backticks that start with a folder of the project, and its top-level files."""
-    ours = r"(?:ddp_lib|tests|notebooks|benchmarks|deploy|docs|\.ci)/[\w./-]*"
-    top = r"Makefile|Dockerfile|LICENSE|[\w-]+\.(?:md|toml|yml|txt)"
-    for code in code_in(page_text(path)):
-        if re.fullmatch(f"{ours}|{top}", code):
-            assert (ROOT / code).exists(), code
