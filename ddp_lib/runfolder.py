@@ -1,6 +1,7 @@
 """A run's folder: one job at a time, where it left off, and what it ends with."""
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from ddp_lib.world import World
 
 SUMMARY = "summary.json"
 WEIGHTS = "cifar_net.pth"
+CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,23 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def warn_of_loss(config: TrainConfig, world: World) -> None:
+    """Rank 0 says so where the run's folder is inside a container, and not on a volume of it."""
+    folder = Path(config.run_dir).resolve()
+    if world.is_main and CONTAINER in os.environ and not _on_a_mount(folder):
+        world.say(
+            f"{folder} lies inside this container: with --rm the model will be lost; "
+            f"keep it with -v FOLDER_OF_YOURS:{folder.parent}"
+        )
+
+
+def _on_a_mount(folder: Path) -> bool:
+    import psutil
+
+    mounts = {Path(one.mountpoint) for one in psutil.disk_partitions(all=True)}
+    return bool(mounts & {folder, *folder.parents} - {Path("/")})
 
 
 @contextmanager

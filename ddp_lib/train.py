@@ -12,7 +12,7 @@ from ddp_lib.command import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.data import load_dataset
 from ddp_lib.failure import as_exit_status
-from ddp_lib.runfolder import open_run
+from ddp_lib.runfolder import open_run, warn_of_loss
 from ddp_lib.sampler import TrainSampler
 from ddp_lib.stop import StopSignal, leave_with_agent
 from ddp_lib.trainer import Trainer
@@ -26,6 +26,7 @@ def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> di
     SystemExit(128 + signal number), after a checkpoint, when `stop` has seen a signal on any rank.
     """
     config.share(world.world_size)
+    warn_of_loss(config, world)
     data = load_dataset(
         config.data,
         config.data_dir,
