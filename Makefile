@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 4
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+NBVAL := -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lab bench bench-full lock clean
+.PHONY: help setup demo test notebooks lint format lab bench bench-full lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,14 +39,17 @@ demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs
 
 test: lint ## lint, then all tests, then all notebooks against their committed outputs
 	$(BIN)/python -m pytest
-ifneq ($(NOTEBOOKS),)
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180 \
-	  --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks/
-endif
+	$(BIN)/python $(NBVAL) --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks/
 
-lint: $(INSTALLED) ## check style, formatting, types and the Dockerfile
+notebooks: $(INSTALLED) ## run and compare the notebooks alone, on one core and from another folder
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp notebooks/* "$$folder" && \
+	  core=$$(command -v taskset >/dev/null && echo taskset -c 0 || true) && cd "$$folder" && \
+	  $$core $(CURDIR)/$(BIN)/python $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
+
+lint: $(INSTALLED) ## check style, formatting, spelling, types and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy ddp_lib
 	$(BIN)/hadolint Dockerfile
 
