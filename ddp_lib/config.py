@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from ddp_lib.errors import UserError
 
+# Fields that may differ between machines: where things lie, and how long to wait. The data is
+# compared by its content.
+_OF_A_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
 # Fields that may differ between a run and its continuation: they do not change what is computed.
 _FREE_TO_DIFFER = frozenset(
     "epochs run_dir data_dir resume checkpoint_every_s backend"
@@ -109,6 +112,14 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that must be equal on all machines of a run, by their flags' names."""
+        return {
+            "--" + name.replace("_", "-"): value
+            for name, value in self.as_dict().items()
+            if name not in _OF_A_MACHINE
+        }
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Fields, as `name: earlier -> now`, that make this another run than the earlier one."""

@@ -1,15 +1,55 @@
-"""Addresses, ports and interfaces: what must be right before ranks can meet."""
+"""Addresses, ports and interfaces: what must be right before ranks can meet.
 
+torch asks what a machine's own name means. That is often the wrong question: Debian's installer makes
+it 127.0.1.1, in containers it may mean nothing. What works is the route towards the master.
+"""
+
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 
 import psutil
 
 from ddp_lib.errors import UserError
 
-# Between two attempts to reach a master that is not there yet.
-_RETRY_S = 0.2
+# Of documentation alone (RFC 5737, RFC 3849): asked for the default route, never sent to.
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the machines meet; `flag` is what the user gave it by."""
+
+    host: str
+    port: int
+    flag: str = "MASTER_ADDR"
+
+    def __str__(self) -> str:
+        if self.flag == "MASTER_ADDR":
+            return f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
+        return f"{self.flag} {join_host(self.host, self.port)}"
+
+    @property
+    def host_name(self) -> str:
+        return (
+            f"MASTER_ADDR={self.host!r}"
+            if self.flag == "MASTER_ADDR"
+            else (f"{self.flag}'s host {self.host!r}")
+        )
+
+    @property
+    def port_name(self) -> str:
+        return (
+            f"MASTER_PORT={self.port}"
+            if self.flag == "MASTER_ADDR"
+            else (f"{self.flag}'s port {self.port}")
+        )
+
+
+def join_host(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def port_number(name: str, text: str) -> int:
@@ -53,81 +93,70 @@ def own_address_towards(address: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def interface_towards(address: str, port: int) -> str | None:
-    """Name of the interface on the route to `address`, or None where it cannot be told."""
-    try:
-        return own_addresses().get(own_address_towards(address, port))
-    except OSError:
-        return None
-
-
 def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def wait_for_master(host: str, port: int, join_timeout_s: float) -> str:
-    """The address at which the master listens, as soon as it does.
+def outward_addresses() -> list[str]:
+    """This machine's addresses by which others may reach it, the default route's first."""
+    found = [
+        address
+        for address in own_addresses()
+        if not is_loopback(address) and not address.startswith(("fe80:", "169.254."))
+    ]
+    first = []
+    for far in _ELSEWHERE:
+        try:
+            first.append(own_address_towards(far, 9))
+        except OSError:
+            continue
+    return sorted(found, key=lambda address: (address not in first, ":" in address))
 
-    A name that does not resolve yet (compose, Kubernetes) and a master that is not started yet are
-    tried again until `join_timeout_s` is over; then a UserError says how far it got.
+
+def meanings(endpoint: Endpoint, one_machine: bool) -> list[str]:
+    """The addresses by which to meet there, best first; empty where the name does not resolve (yet).
+
+    A name that means loopback here is this machine's own (a hosts file with 127.0.1.1): several
+    machines meet at its outward address.
     """
-    deadline = time.monotonic() + join_timeout_s
-    while True:
-        addresses = resolve(host, port)
-        trouble = f"MASTER_ADDR={host!r} does not resolve: check the name, or give an address"
-        for address in addresses:
-            try:
-                limit = max(0.1, min(5.0, deadline - time.monotonic()))
-                socket.create_connection((address, port), timeout=limit).close()
-                return address
-            except ConnectionRefusedError:
-                trouble = (
-                    f"nobody listens on MASTER_ADDR={host} MASTER_PORT={port}: "
-                    "start rank 0 there, and check that both name its machine"
-                )
-            except OSError as error:
-                trouble = (
-                    f"no answer from MASTER_ADDR={host} MASTER_PORT={port} ({error.strerror or error}): "
-                    "check the address, and that no firewall closes the port"
-                )
-        if time.monotonic() + _RETRY_S > deadline:
-            raise UserError(f"{trouble} (tried for {join_timeout_s:g} s; --join-timeout-s sets it)")
-        time.sleep(_RETRY_S)
+    found = resolve(endpoint.host, endpoint.port)
+    outward = [address for address in found if not is_loopback(address)]
+    if not found or one_machine:
+        return found
+    return outward or [*outward_addresses(), *found]
 
 
-def listen(
-    host: str, port: int, join_timeout_s: float, one_machine: bool
-) -> tuple[socket.socket, str]:
-    """A listening socket for the store, and the address at which this process reaches it.
+def is_here(endpoint: Endpoint) -> bool:
+    """Whether the endpoint's host is this machine."""
+    mine = own_addresses()
+    return any(a in mine or is_loopback(a) for a in resolve(endpoint.host, endpoint.port))
 
-    It listens on the address that the others use and on no other: the store has no password.
-    Where MASTER_ADDR is no address of this machine (a published container port) or leads other
-    machines to a loopback address (a hosts file with 127.0.1.1), it has to listen on all.
-    """
-    deadline = time.monotonic() + join_timeout_s
-    while not (addresses := resolve(host, port)):
-        if time.monotonic() + _RETRY_S > deadline:
-            raise UserError(
-                f"MASTER_ADDR={host!r} does not resolve: check the name, or give this machine's "
-                f"address (tried for {join_timeout_s:g} s; --join-timeout-s sets it)"
-            )
-        time.sleep(_RETRY_S)
-    mine = [a for a in addresses if a in own_addresses() or is_loopback(a)]
-    usable = [a for a in mine if one_machine or not is_loopback(a)]
-    ipv6 = ":" in (usable or addresses)[0]
-    address = usable[0] if usable else ("::" if ipv6 else "0.0.0.0")
-    server = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((address, port))
-        server.listen(1024)
-    except OSError as error:
-        server.close()
-        raise UserError(
-            f"MASTER_PORT={port} cannot be opened on {host} ({error.strerror}): "
-            "end the program that has it, or choose another port on every machine"
-        ) from None
-    return server, (address if usable else ("::1" if ipv6 else "127.0.0.1"))
+
+def own_address(endpoint: Endpoint, one_machine: bool) -> str:
+    """This machine's address as those see it that meet at `endpoint`; empty where there is none."""
+    mine = own_addresses()
+    found = meanings(endpoint, one_machine)
+    for address in found:
+        if address in mine or is_loopback(address):
+            return address
+    for address in found:
+        try:
+            return own_address_towards(address, endpoint.port)
+        except OSError:
+            continue
+    return ""
+
+
+def name_interface(
+    endpoint: Endpoint, one_machine: bool, environ: MutableMapping[str, str] = os.environ
+) -> str | None:
+    """Tells gloo and NCCL which interface to use, unless the user has; returns its name."""
+    name = own_addresses().get(own_address(endpoint, one_machine))
+    if name:
+        environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if name != "lo":  # NCCL refuses it, and finds its way on one machine without
+            environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    return name
 
 
 def first_hit(check: Callable[[], bool], deadline: float, pause_s: float = 0.05) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ddp_lib.errors import UserError
-from ddp_lib.network import port_number
+from ddp_lib.network import Endpoint, port_number
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Place:
     @property
     def one_machine(self) -> bool:
         return self.local_world_size == self.world_size
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where rank 0 hosts the store."""
+        return Endpoint(self.master_addr, self.master_port)
 
 
 def read_place(environ: Mapping[str, str], **flags: int | str | None) -> Place:

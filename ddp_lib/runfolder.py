@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ddp_lib import __version__, checkpoint
+from ddp_lib import checkpoint
 from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
+from ddp_lib.meeting import versions
 from ddp_lib.world import World
 
 SUMMARY = "summary.json"
@@ -30,14 +30,6 @@ class Run:
     folder: Path
     resumed: dict[str, Any] | None
     finished: dict[str, Any] | None
-
-
-def versions() -> dict[str, str]:
-    return {
-        "ddp_lib": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 def warn_of_loss(config: TrainConfig, world: World) -> None:

@@ -1,8 +1,6 @@
-"""The key-value store at the master, and what the ranks tell each other there before they train."""
+"""The key-value store at the master: hosting it, reaching it, and talking over it."""
 
-import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -12,61 +10,64 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ddp_lib import network
 from ddp_lib.errors import UserError
+from ddp_lib.master import listen, wait_for_master
+from ddp_lib.network import Endpoint, first_hit
 from ddp_lib.place import Place
 
-
-def pick_interface(place: Place) -> None:
-    """Tells gloo which interface leads to the master, instead of asking what the host name means."""
-    target = "127.0.0.1" if place.one_machine else None
-    if target is None:
-        found = [
-            a
-            for a in network.resolve(place.master_addr, place.master_port)
-            if not network.is_loopback(a)
-        ]
-        target = found[0] if found else None
-    name = network.interface_towards(target, place.master_port) if target else None
-    if name:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+# A rank that torchrun started knows that the master's machine is up: packets that vanish so long
+# are a firewall's doing.
+_SILENCE_S = 8.0
+# How long the host of the store waits, before it leaves with an error, for the others to have read it.
+_LINGER_S = 3.0
 
 
 def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
     """The key-value store at the master: hosted by rank 0, or already by torchrun's agent."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    timeout = timedelta(seconds=join_timeout_s)
-    host, port = place.master_addr, place.master_port
     if place.rank == 0 and not by_agent:
-        server, address = network.listen(host, port, join_timeout_s, place.one_machine)
-        store: dist.Store = dist.TCPStore(
-            address,
-            port,
-            None,
-            True,
-            timeout,
-            wait_for_workers=False,
-            master_listen_fd=server.detach(),
-        )
+        store = host_store(place.endpoint, join_timeout_s, place.one_machine)
     else:
-        address = network.wait_for_master(host, port, join_timeout_s)
-        store = _connect(address, port, timeout, f"MASTER_ADDR={host} MASTER_PORT={port}")
+        silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
+        store = reach_store(place.endpoint, join_timeout_s, place.one_machine, silence_s)
     # After a restart under torchrun the agent's store still holds the keys of the attempt before.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
 
 
-def _connect(address: str, port: int, timeout: timedelta, named: str) -> dist.Store:
-    """A client of the store; UserError where something else answers, or nothing does.
+def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> dist.TCPStore:
+    """Hosts it here, on the address towards the peers and no other; PortTaken where that fails."""
+    server, address = listen(endpoint, join_timeout_s, one_machine)
+    return dist.TCPStore(
+        address,
+        server.getsockname()[1],
+        None,
+        True,
+        timedelta(seconds=join_timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
 
-    In a thread: torch waits without limit for the first word of a program that accepts and is silent.
+
+def reach_store(
+    endpoint: Endpoint, join_timeout_s: float, one_machine: bool, silence_s: float | None = None
+) -> dist.TCPStore:
+    """A client of the store, as soon as it is there.
+
+    UserError where something else answers, or nothing does. In a thread: torch waits without limit
+    for the first word of a program that accepts and is silent.
     """
-    outcome: list[dist.Store | Exception] = []
+    began = time.monotonic()
+    address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
+    left_s = max(1.0, began + join_timeout_s - time.monotonic())
+    outcome: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
         try:
             outcome.append(
-                dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+                dist.TCPStore(
+                    address, endpoint.port, None, False, timedelta(seconds=left_s), wait_for_workers=False
+                )
             )
         except (RuntimeError, ValueError) as error:
             outcome.append(error)
@@ -74,13 +75,14 @@ def _connect(address: str, port: int, timeout: timedelta, named: str) -> dist.St
     thread = threading.Thread(target=connect, name="store", daemon=True)
     with _without_stderr():
         thread.start()
-        thread.join(timeout.total_seconds() + 1)
+        thread.join(left_s + 1)  # a thread that is still on its way in C++ would abort the exit
     found = outcome[0] if outcome else TimeoutError("it accepts and is silent")
     if isinstance(found, Exception):
         raise UserError(
-            f"{named} answers, but not as a PyTorch store ({first_line(found)}): "
+            f"{endpoint} answers, but not as a PyTorch store ({first_line(found)}): "
             "another program has this port, choose a free one"
         ) from found
+    found.set_timeout(timedelta(seconds=join_timeout_s))
     return found
 
 
@@ -98,36 +100,6 @@ def _without_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def meet(
-    store: dist.Store, place: Place, possible: str, reason: str, deadline: float, limit_s: float
-) -> tuple[str, str]:
-    """All ranks tell each other who they are; returns the backend that all can use, and why."""
-    me = socket.gethostname()
-    if store.add(f"taken/{place.rank}", 1) > 1:
-        raise UserError(
-            f"RANK={place.rank} is taken by another process: give each a number of its own, "
-            f"0 to {place.world_size - 1} (this one runs on {me})"
-        )
-    card = json.dumps(
-        {"host": me, "world_size": place.world_size, "backend": possible, "why": reason}
-    )
-
-    def agree(rank: int, text: str) -> None:
-        theirs = json.loads(text)
-        if theirs["world_size"] != place.world_size:
-            raise UserError(
-                f"WORLD_SIZE={place.world_size} here ({me}), but {theirs['world_size']} for rank {rank} "
-                f"on {theirs['host']}: set the same on every machine"
-            )
-
-    cards = exchange(store, "join", place.rank, place.world_size, card, deadline, limit_s, agree)
-    for rank, text in enumerate(cards):
-        theirs = json.loads(text)
-        if theirs["backend"] != "nccl":
-            return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
-    return possible, reason
-
-
 def exchange(
     store: dist.Store,
     what: str,
@@ -141,11 +113,13 @@ def exchange(
     """Every rank's value, in rank order; `check(rank, value)` is called as each arrives.
 
     Over the store and not a collective: it works before the group stands, and names who is missing.
+    A UserError that another rank has told is raised here too.
     """
     store.set(f"{what}/{rank}", value)
     found: dict[int, str] = {}
     pause_s = 0.005
     while len(found) < world_size:
+        raise_what_was_told(store)
         for other in range(world_size):
             if other not in found and store.check([f"{what}/{other}"]):
                 found[other] = store.get(f"{what}/{other}").decode()
@@ -168,12 +142,40 @@ def share(store: dist.Store, what: str, value: str | None, timeout_s: float) -> 
     if value is not None:
         store.set(what, value)
         return value
-    deadline = time.monotonic() + timeout_s
-    if not network.first_hit(lambda: store.check([what]), deadline):
+
+    def is_there() -> bool:
+        raise_what_was_told(store)
+        return bool(store.check([what]))
+
+    if not first_hit(is_there, time.monotonic() + timeout_s):
         raise UserError(
             f"rank 0 did not give '{what.partition('/')[0]}' within {timeout_s:g} s: look at its output"
         )
     return store.get(what).decode()
+
+
+class Told(UserError):
+    """Another rank's UserError, heard over the store."""
+
+
+def raise_what_was_told(store: dist.Store) -> None:
+    if store.check(["told"]):
+        raise Told(store.get("told").decode())
+
+
+def tell_all(store: dist.Store, error: UserError, hosts: bool) -> None:
+    """Before this rank leaves with `error`: all that wait at the store get to know it.
+
+    hosts: the store ends with this process, which waits for the others that came (`come`).
+    """
+    try:
+        store.compare_set("told", "", str(error))
+        store.add("left", 1)
+        if hosts:
+            deadline = time.monotonic() + _LINGER_S
+            first_hit(lambda: store.add("left", 0) >= store.add("came", 0), deadline)
+    except RuntimeError:
+        return  # the store is gone already
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from ddp_lib.command import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.data import load_dataset
 from ddp_lib.failure import as_exit_status
+from ddp_lib.optim import pick_precision
 from ddp_lib.runfolder import open_run, warn_of_loss
 from ddp_lib.sampler import TrainSampler
 from ddp_lib.stop import StopSignal, leave_with_agent
@@ -27,13 +28,19 @@ def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> di
     """
     config.share(world.world_size)
     warn_of_loss(config, world)
+    # auto may mean bf16 on one machine and fp32 on another.
+    precision = f"--precision {config.precision}, which here"
+    equal = {**config.shared(), precision: pick_precision(config.precision, world.device)[0]}
+    world.compare("flags", equal, "give every machine the same", config.join_timeout_s)
     data = load_dataset(
         config.data,
         config.data_dir,
         config.data_timeout_s,
         log=lambda text: world.say(text, every_node=True),
     )
-    world.wait_for_all("data", config.data_timeout_s)
+    images = {"the training images": len(data.train), "the digest of the data": data.digest[:16]}
+    cure = "copy the same data to every machine"
+    world.compare("data", images, cure, config.data_timeout_s)
     sampler = TrainSampler(
         len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )

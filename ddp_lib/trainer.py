@@ -14,6 +14,7 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.console import Console
 from ddp_lib.data import Dataset, make_batch
 from ddp_lib.evaluation import Evaluation, evaluate
+from ddp_lib.meeting import versions
 from ddp_lib.model import build_model
 from ddp_lib.optim import (
     autocast,
@@ -23,7 +24,7 @@ from ddp_lib.optim import (
     set_learning_rate,
 )
 from ddp_lib.replica import StepFlags, copy_state, warm_buckets, weights_sha256, wrap
-from ddp_lib.runfolder import versions, write_results
+from ddp_lib.runfolder import write_results
 from ddp_lib.runlog import RunLog
 from ddp_lib.sampler import TrainSampler
 from ddp_lib.stop import StopSignal

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddp_lib.devices import choose_backend, pick_device, thread_budget
 from ddp_lib.errors import UserError
+from ddp_lib.meeting import compare, meet
+from ddp_lib.network import name_interface
 from ddp_lib.place import read_place
-from ddp_lib.store import exchange, first_line, meet, open_store, pick_interface, share
+from ddp_lib.store import exchange, first_line, open_store, share, tell_all
+
+# Set by ddp-launch for its ranks: the --node-rank it was given, and which machine this is.
+ASKED_NODE = "DDP_LIB_NODE_RANK"
 
 Log = Callable[[str], None]
 
@@ -77,10 +83,17 @@ class World:
         if place.world_size == 1:
             chosen = "none"
         else:
-            pick_interface(place)
+            name_interface(place.endpoint, place.one_machine)
             store = open_store(place, env, join_timeout_s)
-            deadline = started + join_timeout_s
-            chosen, reason = meet(store, place, possible, reason, deadline, join_timeout_s)
+            store.add("came", 1)
+            try:
+                chosen, reason = meet(
+                    store, place, possible, reason, started + join_timeout_s, join_timeout_s,
+                    env.get(ASKED_NODE, ""),
+                )  # fmt: skip
+            except UserError as error:
+                tell_all(store, error, place.rank == 0)
+                raise
         device = pick_device(chosen, place.local_rank)
         world = cls(
             place.rank, place.world_size, place.local_rank, place.local_world_size, place.node,
@@ -142,15 +155,19 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def wait_for_all(self, what: str, timeout_s: float) -> None:
-        """Returns when every rank has called it with this `what`; waits longer than a collective may.
+    def compare(self, what: str, values: dict[str, Any], cure: str, timeout_s: float) -> None:
+        """UserError, on every rank, where a value (anything JSON holds) differs between ranks.
 
-        UserError names the ranks that did not come within `timeout_s` seconds.
+        It names the value, the machine, and `cure`.
         """
-        if self.store is not None:
-            deadline = time.monotonic() + timeout_s
-            place = f"{what}/{next(self._meetings)}"
-            exchange(self.store, place, self.rank, self.world_size, "", deadline, timeout_s)
+        if self.store is None:
+            return
+        card = json.dumps([socket.gethostname(), values])
+        place, deadline = f"{what}/{next(self._meetings)}", time.monotonic() + timeout_s
+        texts = exchange(self.store, place, self.rank, self.world_size, card, deadline, timeout_s)
+        cards = [json.loads(text) for text in texts]
+        for name in values:
+            compare(name, [(host, theirs.get(name)) for host, theirs in cards], cure)
 
     def from_main(self, what: str, make: Callable[[], Any], timeout_s: float) -> Any:
         """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
@@ -214,38 +231,10 @@ class World:
         trace: TracebackType | None,
     ) -> None:
         # The frames of an error hold the model too.
+        told = error
         while error is not None:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
         self.leave()
-
-
-def thread_budget(local_world_size: int) -> int:
-    """Threads a rank: this machine's usable cores shared among its ranks."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, cores // local_world_size)
-
-
-def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
-    """The backend this machine can offer, and why. UserError for nccl without a GPU a local rank."""
-    have = f"{gpus} GPU(s) for {local_world_size} local rank(s)"
-    if asked == "gloo":
-        return "gloo", "asked for"
-    if asked == "nccl" and gpus < local_world_size:
-        raise UserError(
-            f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo"
-        )
-    if asked == "nccl":
-        return "nccl", "asked for"
-    if asked != "auto":
-        raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
-    return ("nccl" if gpus >= local_world_size else "gloo"), have
-
-
-def pick_device(backend: str, local_rank: int) -> torch.device:
-    """The GPU of this local rank under nccl; alone the first GPU, if any; else the CPU."""
-    if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+        if self.store is not None and isinstance(told, UserError):
+            tell_all(self.store, told, self.is_main)

@@ -26,7 +26,7 @@ ORDER = """
     data folder cifar shapes cache sampler
     failure command stop
     model config
-    world store place network
+    world devices meeting store probe master place network
     errors
 """.split()
 

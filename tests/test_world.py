@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
+from ddp_lib.devices import choose_backend, thread_budget
 from ddp_lib.errors import UserError
-from ddp_lib.world import World, choose_backend, thread_budget
+from ddp_lib.world import World
 
 JOIN = """
 import sys
@@ -76,7 +77,7 @@ def test_alone_needs_no_group():
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
         assert world.from_main("x", lambda: {"a": 1}, 1) == {"a": 1}
         assert world.broadcast_bytes(b"abc") == b"abc" and world.gather_bytes(b"z") == [b"z"]
-        world.wait_for_all("data", 1)
+        world.compare("data", {"a": 1}, "cure", 1)
 
 
 @pytest.mark.ranks
