@@ -5,22 +5,24 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-from typing import Any
+from contextlib import suppress
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.errors import UserError
-from ddp_lib.network import first_hit, is_loopback, own_address_towards, own_addresses, resolve
+from ddp_lib.network import join_host
+from ddp_lib.options import Launch
+from ddp_lib.rendezvous import Notes, Rendezvous, open_rendezvous
 from ddp_lib.stop import end_all_below, signals_to_heed
+
+# How long a machine whose ranks only lost another waits for that one's word.
+_CAUSE_S = 2.0
 
 
 class Agent(LocalElasticAgent):
@@ -43,115 +45,97 @@ class Agent(LocalElasticAgent):
         return result
 
 
-def run_agent(
-    command: list[str],
-    nproc: int,
-    nodes: tuple[int, int],
-    endpoint: tuple[str, int] | None,
-    job: str,
-    max_restarts: int,
-    join_timeout_s: float,
-) -> int:
-    """Runs `command` as `nproc` ranks here, together with the other machines at `endpoint`.
+def run_agent(command: list[str], nproc: int, launch: Launch, join_timeout_s: float) -> int:
+    """Runs `command` as `nproc` ranks here, together with the other machines of `launch`.
 
-    nodes: least and most machines. endpoint None: this machine alone. Returns 0, 128 + n where
-    signal n stopped the agent, or the exit status of the rank that failed first, after a line that
-    says why. UserError where the machines do not meet.
+    Returns 0, 128 + n where signal n stopped the agent, or the exit status of the rank that failed
+    first, after a line that says why. UserError where the machines do not meet.
     """
     if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
         logging.disable(logging.ERROR)
     # As in the ranks: nohup's word stands.
     heeded = ",".join(number.name for number in signals_to_heed())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = heeded
-    agent = None
     try:
-        handler, address = _rendezvous(endpoint, nodes, job, join_timeout_s)
-        spec = WorkerSpec(
+        met = open_rendezvous(launch, join_timeout_s)
+        try:
+            return _run(command, nproc, launch, met, join_timeout_s)
+        finally:
+            met.notes.stop_watching()
+            if met.hosts:
+                met.notes.wait_until_read()
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    finally:
+        end_all_below()
+
+
+def _run(
+    command: list[str], nproc: int, launch: Launch, met: Rendezvous, join_timeout_s: float
+) -> int:
+    agent = Agent(
+        WorkerSpec(
             role="rank",
             local_world_size=nproc,
             entrypoint=command[0],
             args=tuple(command[1:]),
-            rdzv_handler=handler,
-            max_restarts=max_restarts,
-            local_addr=address,
-        )
-        agent = Agent(spec, DefaultLogsSpecs())
+            rdzv_handler=met.handler,
+            max_restarts=launch.max_restarts,
+            master_addr=met.master,
+        ),
+        DefaultLogsSpecs(),
+    )
+
+    def stop(text: str) -> None:
+        print(f"ddp-launch: error: {text}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # torch's agent ends its ranks and raises
+
+    met.notes.watch(stop)
+    try:
         result = agent.run()
-        handler.shutdown()
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+    except SignalException:
+        if met.notes.heard:
+            return 2
+        raise
     except (RendezvousError, DistError) as error:
-        where = "this machine" if endpoint is None else f"{endpoint[0]}:{endpoint[1]}"
+        where = (
+            "this machine"
+            if launch.endpoint is None
+            else join_host(launch.endpoint.host, launch.endpoint.port)
+        )
         why = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        if agent is not None and agent.began:
+        if agent.began:
             raise UserError(
                 f"lost the agent at {where} {why}: see that machine's output; "
                 "the same command goes on from the last checkpoint"
             ) from error
+        came = met.notes.roll()
         raise UserError(
-            f"the machines did not meet at {where} within {join_timeout_s:g} s {why}: start the same "
-            "command on every machine; check --rdzv-endpoint, --nnodes and --join-timeout-s"
+            f"the machines did not meet at {where} within {join_timeout_s:g} s: of {launch.nodes_text} "
+            f"came {len(came)}, {', '.join(card['machine'] for card in came)}; start the same command "
+            "on every machine; check --rdzv-endpoint, --nnodes and --join-timeout-s"
         ) from error
     finally:
-        end_all_below()
+        with suppress(RendezvousError, DistError):
+            met.handler.shutdown()
     if result is None or not result.is_failed():  # None: more machines came than --nnodes allows
         return 0
-    line, status = describe(result.failures)
+    line, status = _cause(result.failures, met.notes)
     print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
     return status
 
 
-def _rendezvous(
-    endpoint: tuple[str, int] | None, nodes: tuple[int, int], job: str, join_timeout_s: float
-) -> tuple[RendezvousHandler, str]:
-    """Where the agents meet, and the address by which the others reach this machine."""
-    if endpoint is None:
-        address, own = "127.0.0.1", True
-        text = "127.0.0.1:0"
-    else:
-        host, port = endpoint
-        if not first_hit(lambda: bool(resolve(host, port)), time.monotonic() + join_timeout_s, 0.2):
-            raise UserError(
-                f"--rdzv-endpoint's host {host!r} does not resolve: check the name, or give an "
-                f"address (tried for {join_timeout_s:g} s; --join-timeout-s sets it)"
-            )
-        found = resolve(host, port)
-        own = any(one in own_addresses() or is_loopback(one) for one in found)
-        # What a machine calls itself may mean nothing, or loopback, on the others; the endpoint and
-        # the route to it mean the same everywhere.
-        address = host if own else own_address_towards(found[0], port)
-        text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    settings: dict[str, Any] = {
-        "join_timeout": max(1, round(join_timeout_s)),
-        "read_timeout": max(1, round(join_timeout_s)),
-    }
-
-    def give_up() -> None:
-        print(
-            f"ddp-launch: error: {text} answers, but not as a rendezvous: another program has this "
-            "port, choose a free one for --rdzv-endpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-
-    # A program that accepts and then is silent would hold torch in C++ for ever.
-    limit = threading.Timer(join_timeout_s + 2, give_up)
-    limit.daemon = True
-    limit.start()
-    try:
-        for is_host in (True, False) if own else (False,):
-            parameters = RendezvousParameters(
-                "c10d", text, job, *nodes, local_addr=address, is_host=is_host, **settings
-            )
-            try:
-                return get_rendezvous_handler(parameters), address
-            except RendezvousConnectionError:
-                if not is_host:
-                    raise  # else: perhaps another agent of this machine hosts it
-    finally:
-        limit.cancel()
-    raise AssertionError
+def _cause(failures: dict[int, ProcessFailure], notes: Notes) -> tuple[str, int]:
+    """The line that names the cause, of all machines, and the exit status; leaves it as a note."""
+    line, status = describe(failures)
+    if not notes.fixed:
+        return line, status
+    if min(_order(failure)[0] for failure in failures.values()) == 0:
+        notes.leave(line)
+    deadline = time.monotonic() + _CAUSE_S
+    while not (said := notes.read()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return said or line, status
 
 
 def describe(failures: dict[int, ProcessFailure]) -> tuple[str, int]:

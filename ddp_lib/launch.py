@@ -13,7 +13,14 @@ from ddp_lib.command import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
 from ddp_lib.failure import as_exit_status
-from ddp_lib.network import port_number
+from ddp_lib.network import join_host
+from ddp_lib.options import (
+    LaunchOptions,
+    count_ranks,
+    pet_variables,
+    read_launch,
+    usable_cores,
+)
 from ddp_lib.stop import AGENT, StopSignal, end_all_below
 
 USAGE = """usage: ddp-launch {train,plot} ...
@@ -23,22 +30,6 @@ USAGE = """usage: ddp-launch {train,plot} ...
 """
 # After a signal all are gone by then: half a second later than the ranks' own limit (stop.py).
 _LIMIT_S = 4.5
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """Which ranks to start; named as torchrun names them."""
-
-    nproc_per_node: str = "auto"
-    """Ranks on this machine: a number, or auto: one a GPU, and one where there is none."""
-    nnodes: str = "1"
-    """Machines: a number, or MIN:MAX for an elastic job."""
-    rdzv_endpoint: str = ""
-    """HOST:PORT of the machine where all meet; the same on every machine. [address]:PORT for IPv6."""
-    rdzv_id: str = "ddp"
-    """Name of the job, the same on every machine."""
-    max_restarts: int = 0
-    """How often the ranks are started again after one has failed; they resume."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +82,24 @@ def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
     names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(LaunchOptions)}
     ours, theirs = _split(args, names)
-    if not ours and _placed_from_outside():
+    if not (ours or pet_variables()) and _placed_from_outside():
         from ddp_lib.train import main as rank_main
 
         return rank_main(theirs)
+    if given.launch.dry_run:
+        return dry_run(given.launch, given.training.join_timeout_s, theirs)
     command = [sys.executable, "-u", "-m", "ddp_lib.rank", *theirs]
     return start_agent(given.launch, given.training.join_timeout_s, command)
+
+
+def dry_run(options: LaunchOptions, join_timeout_s: float, training: list[str]) -> int:
+    from ddp_lib.dry_run import plain_command
+
+    launch = read_launch(options)
+    nproc = count_ranks(launch.nproc)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // nproc))
+    print(plain_command(launch, nproc, threads, join_timeout_s, training))
+    return 0
 
 
 def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
@@ -107,7 +110,9 @@ def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
     for word in rest:
         flag, has_value, _ = word.partition("=")
         if flag.replace("_", "-") in names:
-            ours += [word] if has_value else [word, next(rest)]
+            ours += (
+                [word] if has_value or flag.replace("_", "-") == "--dry-run" else [word, next(rest)]
+            )
         else:
             theirs.append(word)
     return ours, theirs
@@ -125,22 +130,19 @@ def _placed_from_outside() -> bool:
 
 def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str]) -> int:
     """Runs `command` as this machine's ranks; returns 0, or the status of the first that failed."""
-    nodes = _nodes(options.nnodes)
-    if options.max_restarts < 0:
-        raise UserError(f"--max-restarts is {options.max_restarts}: give a number of at least 0")
-    if not options.rdzv_id.strip():
-        raise UserError("--rdzv-id is empty: give the job a name, the same on every machine")
-    endpoint = _endpoint(options.rdzv_endpoint, nodes[1])
+    launch = read_launch(options)
     with StopSignal(_LIMIT_S, _end_now, impatient=True):
-        nproc = _nproc(options.nproc_per_node)
+        nproc = count_ranks(launch.nproc)
         # Before torch loads, which reads it.
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
         # With the agent's store shared, a restart of the ranks meets the keys of those that died.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        where = "" if endpoint is None else f", one of {options.nnodes} machines"
-        meeting = "" if endpoint is None else f" meeting at {options.rdzv_endpoint},"
+        where = ""
+        if launch.endpoint is not None:
+            meeting = join_host(launch.endpoint.host, launch.endpoint.port)
+            where = f", one of {launch.nodes_text} machines, meeting at {meeting},"
         print(
-            f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where},{meeting} "
+            f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where or ','} "
             f"OMP_NUM_THREADS={threads} a rank",
             flush=True,
         )
@@ -148,15 +150,7 @@ def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str
 
         os.environ[AGENT] = str(os.getpid())  # for the ranks
         try:
-            return run_agent(
-                command,
-                nproc,
-                nodes,
-                endpoint,
-                options.rdzv_id,
-                options.max_restarts,
-                join_timeout_s,
-            )
+            return run_agent(command, nproc, launch, join_timeout_s)
         finally:
             del os.environ[AGENT]
 
@@ -165,53 +159,6 @@ def _end_now(number: int) -> None:
     """Called from a thread when the time to leave is over, or at the second Ctrl-C."""
     end_all_below()
     os._exit(128 + number)
-
-
-def _nodes(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
-    try:
-        nodes = int(low), int(high or low)
-    except ValueError:
-        nodes = (0, 0)
-    if not 1 <= nodes[0] <= nodes[1]:
-        raise UserError(f"--nnodes {text!r}: give a number of machines, such as 2, or a range, 1:2")
-    return nodes
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _nproc(text: str) -> int:
-    if text == "auto":
-        import torch
-
-        return max(1, torch.cuda.device_count())
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--nproc-per-node {text!r}: give a number of ranks from 1, or auto")
-    return int(text)
-
-
-def _endpoint(text: str, most_nodes: int) -> tuple[str, int] | None:
-    if not text:
-        if most_nodes > 1:
-            raise UserError(
-                f"--nnodes {most_nodes} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
-                "such as 192.168.1.10:29500, and the same on all"
-            )
-        return None
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not bare
-        or (":" in bare) != host.startswith("[")
-        or host.startswith("[") != host.endswith("]")
-    ):
-        raise UserError(
-            f"--rdzv-endpoint {text!r}: write HOST:PORT, such as master:29500, "
-            "and brackets around an IPv6 address, [fd77::10]:29500"
-        )
-    return bare, port_number("--rdzv-endpoint's port", port)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,11 @@ def meet(
     reason: str,
     deadline: float,
     limit_s: float,
-    asked_node: str = "",
 ) -> tuple[str, str]:
     """All ranks tell each other who they are; returns the backend that all can use, and why.
 
     UserError, on every rank, for a number that two have, another WORLD_SIZE, another version of
     torch or ddp_lib, machines that cannot connect to each other, and ranks that do not come.
-    asked_node: the --node-rank this machine was given, if any.
     """
     me = socket.gethostname()
     if store.add(f"taken/{place.rank}", 1) > 1:
@@ -64,7 +62,6 @@ def meet(
             "backend": possible,
             "why": reason,
             "versions": versions(),
-            "node": asked_node,
             "probe": [probe.address, probe.port] if probe else None,
         }
 
@@ -81,7 +78,8 @@ def meet(
             store, "join", place.rank, place.world_size, text, deadline, limit_s, agree
         )
         cards = [json.loads(text) for text in texts]
-        compare_cards(cards)
+        for name in _EQUAL:
+            compare(name, [(card["host"], card["versions"][name]) for card in cards])
         if not place.one_machine:
             trouble = _trouble(cards, place) if probe else ""
             # Ranks that try nothing wait for those that do.
@@ -95,21 +93,6 @@ def meet(
         if theirs["backend"] != "nccl":
             return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
     return possible, reason
-
-
-def compare_cards(cards: list[dict[str, Any]]) -> None:
-    """UserError where two machines were given one --node-rank, or hold different versions."""
-    nodes: dict[str, str] = {}
-    for theirs in cards:
-        if theirs["node"]:
-            number, _, machine = theirs["node"].partition(" ")
-            if nodes.setdefault(number, machine) != machine:
-                raise UserError(
-                    f"--node-rank {number} was given to two machines ({nodes[number]} and {machine}): "
-                    "give each a number of its own"
-                )
-    for name in _EQUAL:
-        compare(name, [(card["host"], card["versions"][name]) for card in cards])
 
 
 def compare(name: str, found: list[tuple[str, Any]], cure: str = "") -> None:

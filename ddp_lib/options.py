@@ -3,6 +3,9 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from ddp_lib.errors import UserError
 from ddp_lib.network import Endpoint, port_number
@@ -36,7 +39,7 @@ class LaunchOptions:
     """Name of the job, the same on every machine."""
     max_restarts: int = 0
     """How often the ranks are started again after one has failed; they resume."""
-    dry_run: bool = False
+    dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
     """Print the torchrun command that does the same on this machine, with its environment; start
     nothing."""
 
@@ -60,7 +63,9 @@ class Launch:
 
 def pet_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Those set that say on how many machines to run, or where they meet."""
-    return [name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ]
+    return [
+        name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ
+    ]
 
 
 def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Launch:

@@ -66,7 +66,12 @@ def reach_store(
         try:
             outcome.append(
                 dist.TCPStore(
-                    address, endpoint.port, None, False, timedelta(seconds=left_s), wait_for_workers=False
+                    address,
+                    endpoint.port,
+                    None,
+                    False,
+                    timedelta(seconds=left_s),
+                    wait_for_workers=False,
                 )
             )
         except (RuntimeError, ValueError) as error:

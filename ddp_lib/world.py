@@ -23,9 +23,6 @@ from ddp_lib.network import name_interface
 from ddp_lib.place import read_place
 from ddp_lib.store import exchange, first_line, open_store, share, tell_all
 
-# Set by ddp-launch for its ranks: the --node-rank it was given, and which machine this is.
-ASKED_NODE = "DDP_LIB_NODE_RANK"
-
 Log = Callable[[str], None]
 
 
@@ -87,10 +84,8 @@ class World:
             store = open_store(place, env, join_timeout_s)
             store.add("came", 1)
             try:
-                chosen, reason = meet(
-                    store, place, possible, reason, started + join_timeout_s, join_timeout_s,
-                    env.get(ASKED_NODE, ""),
-                )  # fmt: skip
+                deadline = started + join_timeout_s
+                chosen, reason = meet(store, place, possible, reason, deadline, join_timeout_s)
             except UserError as error:
                 tell_all(store, error, place.rank == 0)
                 raise

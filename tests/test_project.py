@@ -18,15 +18,15 @@ MODULES = sorted((ROOT / "ddp_lib").glob("*.py"))
 
 # From top to bottom: a module imports only from those below it.
 ORDER = """
-    launch check
-    agent rank
+    launch check dry_run
+    agent rendezvous rank
     notebook local_ranks rehearsal rank_error rank_process
     train trainer plots
     runfolder console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
     failure command stop
     model config
-    world devices meeting store probe master place network
+    world devices meeting store probe master place options network
     errors
 """.split()
 
