@@ -47,15 +47,15 @@ def load_or_make(
     there or not whole, one process calls `make` and the others wait for it up to `timeout_s`.
     UserError where the disk refuses or the wait is too long.
     """
-    meta = _read_meta(cache, made_from)
+    meta = read_meta(cache, made_from)
     try:
         if meta is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with _one_at_a_time(cache, timeout_s, log):
-                meta = _read_meta(cache, made_from)  # another may have made it in the meantime
+                meta = read_meta(cache, made_from)  # another may have made it in the meantime
                 if meta is None:
                     _write(cache, made_from, make())
-                    meta = _read_meta(cache, made_from)
+                    meta = read_meta(cache, made_from)
                     assert meta is not None
         # Mode "c", copy on write: torch warns of read-only arrays, and unwritten pages are shared.
         arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
@@ -90,7 +90,7 @@ def _one_at_a_time(cache: Path, timeout_s: float, log: Callable[[str], None]) ->
         lock.release()
 
 
-def _read_meta(cache: Path, made_from: str) -> Meta | None:
+def read_meta(cache: Path, made_from: str) -> Meta | None:
     """What is noted in a cache that is whole and was made from what is wanted now; else None."""
     try:
         meta: Meta = json.loads((cache / META).read_text(encoding="utf-8"))

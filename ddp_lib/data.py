@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ddp_lib import shapes
-from ddp_lib.cache import SIDE, Raw, load_or_make
+from ddp_lib.cache import SIDE, Raw, load_or_make, read_meta
 from ddp_lib.cifar import cifar10
 from ddp_lib.folder import find_images
 
@@ -64,17 +64,7 @@ def load_dataset(
     wait that takes too long.
     """
     data_dir = Path(data_dir).expanduser()
-    make: Callable[[], Raw]
-    if source == "shapes":
-        key, made_from = "shapes", f"shapes version {shapes.VERSION}"
-        make = _make_shapes
-    elif source == "cifar10":
-        key, made_from = "cifar10", "cifar10"
-        make = partial(cifar10, data_dir, download_timeout_s, log)
-    else:
-        folder = find_images(Path(source).expanduser())
-        key, made_from = folder.key, folder.fingerprint
-        make = partial(folder.read, log)
+    key, made_from, make = _find(source, data_dir, download_timeout_s, log)
     arrays, meta = load_or_make(data_dir / "cache" / key, made_from, make, timeout_s, log)
     return Dataset(
         name=source,
@@ -85,6 +75,32 @@ def load_dataset(
         std=tuple(meta["std"]),
         digest=meta["digest"],
     )
+
+
+def digest_of(source: str, data_dir: str | Path = "data") -> str:
+    """The first letters of the data set's digest, as far as it is ready here: see `load_dataset`.
+
+    "shapes", which is the same everywhere, has its version, and what is not decoded yet "not ready".
+    UserError for a folder that is missing or unusable.
+    """
+    data_dir = Path(data_dir).expanduser()
+    key, made_from, _ = _find(source, data_dir, 0, print)
+    meta = read_meta(data_dir / "cache" / key, made_from)
+    if meta is not None:
+        return str(meta["digest"])[:12]
+    return made_from if source == "shapes" else "not ready"
+
+
+def _find(
+    source: str, data_dir: Path, download_timeout_s: float, log: Callable[[str], None]
+) -> tuple[str, str, Callable[[], Raw]]:
+    """Name of its cache, what that must have been made from, and how to make it."""
+    if source == "shapes":
+        return "shapes", f"shapes version {shapes.VERSION}", _make_shapes
+    if source == "cifar10":
+        return "cifar10", "cifar10", partial(cifar10, data_dir, download_timeout_s, log)
+    folder = find_images(Path(source).expanduser())
+    return folder.key, folder.fingerprint, partial(folder.read, log)
 
 
 def _make_shapes() -> Raw:

@@ -15,6 +15,7 @@ from ddp_lib.errors import UserError
 from ddp_lib.failure import as_exit_status
 from ddp_lib.network import join_host
 from ddp_lib.options import (
+    CheckOptions,
     LaunchOptions,
     count_ranks,
     pet_variables,
@@ -23,9 +24,10 @@ from ddp_lib.options import (
 )
 from ddp_lib.stop import AGENT, StopSignal, end_all_below
 
-USAGE = """usage: ddp-launch {train,plot} ...
+USAGE = """usage: ddp-launch {train,check,plot} ...
 
   train   train on this machine or on several: ddp-launch train --help
+  check   on every machine: say why they would not train together: ddp-launch check --help
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
 """
 # After a signal all are gone by then: half a second later than the ranks' own limit (stop.py).
@@ -38,6 +40,14 @@ class TrainCommand:
 
     launch: LaunchOptions
     training: TrainConfig
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """Says why machines would not train together; run it on every one of them."""
+
+    launch: LaunchOptions
+    check: CheckOptions
 
 
 @dataclass(frozen=True)
@@ -57,16 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         match args[:1]:
             case ["train"]:
                 outcome.status = train(args[1:])
+            case ["check"]:
+                outcome.status = check(args[1:])
             case ["plot"]:
                 outcome.status = plot(args[1:])
             case ["-h" | "--help"]:
                 print(USAGE, end="")
             case []:
-                raise UserError("no command given: use ddp-launch train, or ddp-launch plot")
+                raise UserError("no command given: use ddp-launch train, check or plot")
             case [other, *_]:
-                raise UserError(
-                    f"{other!r} is no command: use ddp-launch train, or ddp-launch plot"
-                )
+                raise UserError(f"{other!r} is no command: use ddp-launch train, check or plot")
     return outcome.status
 
 
@@ -76,6 +86,13 @@ def plot(args: list[str]) -> int:
 
     print(plot_run(options.run_dir, options.out or None))
     return 0
+
+
+def check(args: list[str]) -> int:
+    given = parse(CheckCommand, args, "ddp-launch check")
+    from ddp_lib.check import run_check
+
+    return run_check(given.launch, given.check)
 
 
 def train(args: list[str]) -> int:

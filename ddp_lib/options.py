@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -42,6 +42,22 @@ class LaunchOptions:
     dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
     """Print the torchrun command that does the same on this machine, with its environment; start
     nothing."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What to look at beside the network."""
+
+    data: str = ""
+    """The training's --data; where it is given, its content is compared."""
+    data_dir: str = "data"
+    """The training's --data-dir."""
+    run_dir: str = "runs/default"
+    """The training's --run-dir: its disk must have room."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """The training's --backend."""
+    timeout_s: float = 30.0
+    """Ends within so many seconds, whatever happens."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "ddp_lib").glob("*.py"))
 
 # From top to bottom: a module imports only from those below it.
 ORDER = """
-    launch check dry_run
+    launch check verdict dry_run
     agent rendezvous rank
     notebook local_ranks rehearsal rank_error rank_process
     train trainer plots
