@@ -1,5 +1,6 @@
 """ddp-launch train --dry-run: the torchrun command that does the same on this machine."""
 
+import os
 import shlex
 
 from ddp_lib.network import is_here, join_host, name_interface, own_address
@@ -15,6 +16,8 @@ def plain_command(
     may make another machine's rank number 0.
     """
     environment = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    names = (*environment, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    environment |= {name: os.environ[name] for name in names if name in os.environ}
     words = f"torchrun --nnodes {launch.nodes_text} --nproc-per-node {nproc}".split()
     words += ["--max-restarts", str(launch.max_restarts)]
     endpoint = launch.endpoint

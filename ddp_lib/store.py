@@ -1,6 +1,7 @@
 """The key-value store at the master: hosting it, reaching it, and talking over it."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from ddp_lib.errors import UserError
 from ddp_lib.master import listen, wait_for_master
-from ddp_lib.network import Endpoint, first_hit
+from ddp_lib.network import Endpoint, first_hit, is_here
 from ddp_lib.place import Place
 
 # A rank that torchrun started knows that the master's machine is up: packets that vanish so long
@@ -25,14 +26,52 @@ _LINGER_S = 3.0
 def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
     """The key-value store at the master: hosted by rank 0, or already by torchrun's agent."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if place.rank == 0 and not by_agent:
+    hosts = place.rank == 0 and not by_agent
+    if hosts:
         store = host_store(place.endpoint, join_timeout_s, place.one_machine)
     else:
         silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
         store = reach_store(place.endpoint, join_timeout_s, place.one_machine, silence_s)
     # After a restart under torchrun the agent's store still holds the keys of the attempt before.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+    prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+    ours = dist.PrefixStore(prefix, store)
+    if hosts:
+        me = f"{socket.gethostname()} {os.urandom(8).hex()}"
+        ours.set("host", me)
+        if not is_here(place.endpoint):
+            until = time.monotonic() + join_timeout_s
+            target = (place.endpoint, prefix, ours, me, until)
+            threading.Thread(target=_look_for_rival, args=target, daemon=True).start()
+    return ours
+
+
+def _look_for_rival(
+    endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float
+) -> None:
+    """Rank 0 on a machine that has not MASTER_ADDR: does another rank 0 answer there?
+
+    If this one does, its port is published, as a container's may be. If another does, both get to
+    know it.
+    """
+    while time.monotonic() < until:
+        try:
+            address = wait_for_master(endpoint, 1.0)
+            wait = timedelta(seconds=3)
+            there = dist.TCPStore(address, endpoint.port, None, False, wait, wait_for_workers=False)
+            theirs = dist.PrefixStore(prefix, there)
+            if theirs.check(["host"]):
+                other = theirs.get("host").decode()
+                if other != me:
+                    text = (
+                        f"RANK=0 is set on {other.split()[0]}, which has {endpoint}, and on "
+                        f"{me.split()[0]}, which has not: give each a number of its own"
+                    )
+                    for store in (theirs, ours):
+                        store.compare_set("told", "", text)
+                return
+        except (UserError, RuntimeError):
+            time.sleep(0.5)
 
 
 def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> dist.TCPStore:

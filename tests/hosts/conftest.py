@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machines import Lab, missing
+from machines import Lab, Machine, Program, missing
+
+PORT = 29500
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +22,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.hosts)
         if lacks:
             item.add_marker(pytest.mark.skip(reason=lacks))
+
+
+@pytest.fixture(scope="session")
+def tiny(images_folder: Path, shared_cache: str) -> list[str]:
+    """Flags of a training of two epochs of three steps; the model is tests/models.py's."""
+    return [
+        "--data", str(images_folder), "--data-dir", shared_cache, "--model", "models:Plain",
+        "--global-batch-size", "210", "--epochs", "2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def train(tiny: list[str]) -> Callable[..., Program]:
+    """train(machine, *flags, rank=None, size=2, master=None, **environment): starts ddp-launch train.
+
+    With a rank, as one process by the four variables; else by the launcher's flags.
+    """
+
+    def start(
+        machine: Machine,
+        *flags: str,
+        rank: int | None = None,
+        size: int = 2,
+        master: str = "",
+        **environment: str,
+    ) -> Program:
+        if rank is not None:
+            four = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": master, "MASTER_PORT": PORT}
+            environment = {**{name: str(value) for name, value in four.items()}, **environment}
+        command = ["ddp-launch", "train", *tiny, "--run-dir", str(machine.folder / "run"), *flags]
+        return machine.start(command, cwd=Path(__file__).parents[1], **environment)
+
+    return start
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ class Machine:
         self._hosts = self.folder / "hosts"
         self.write_hosts({})
         self._port = f"port{number}"
-        self._programs: list[Program] = []
+        self.programs: list[Program] = []
         self.namespaces = _Namespaces(
             'echo "$0" > /proc/sys/kernel/hostname; ip link set lo up; mount --bind "$1" /etc/hosts',
             name,
@@ -174,8 +174,8 @@ class Machine:
         It gets this process's environment, less what places a rank, and with `environment`. Words
         "ddp-launch", "torchrun" and "python" at its head mean this Python's.
         """
-        program = Program(self, command, cwd or self.folder, environment, len(self._programs))
-        self._programs.append(program)
+        program = Program(self, command, cwd or self.folder, environment, len(self.programs))
+        self.programs.append(program)
         return program
 
     def run(self, command: list[str], limit_s: float = _LIMIT_S, **environment: str) -> str:
@@ -201,7 +201,7 @@ class Machine:
         """SIGKILL to all that runs here, as when the power fails (`cut` first, and no peer hears)."""
         while running := self.processes():  # again: a process may have started another meanwhile
             _kill(running)
-        for program in self._programs:
+        for program in self.programs:
             program.wait(_LIMIT_S)
 
     # The network
