@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # torch reads it when it loads: its C++ side would answer each attempt to reach a master that is not
 # up yet with a page of warnings. Your own setting wins.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# The same for torch.profiler, which would write two lines a use, and one that there is no GPU.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 __version__ = "1.0.0"
 

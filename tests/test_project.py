@@ -25,7 +25,7 @@ ORDER = """
     runfolder console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
     failure command stop
-    model config
+    model config scaling
     world devices meeting store probe master place options network
     errors
 """.split()
