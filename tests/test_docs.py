@@ -20,7 +20,17 @@ each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 # Of tools that a machine without them must still be able to check: what the pages use of each.
 FOREIGN_FLAGS = {
     "apt": set(),
-    "docker": {"--gpus", "--ipc", "--network", "--rm", "--shm-size", "--env", "--volume", "--name"},
+    "docker": {
+        "--cap-add",
+        "--gpus",
+        "--ipc",
+        "--network",
+        "--rm",
+        "--shm-size",
+        "--env",
+        "--volume",
+        "--name",
+    },
     "git": {"--depth"},
     "kubectl": {"--filename", "--follow", "--namespace"},
     "nvidia-smi": {"--query-gpu", "--format"},
