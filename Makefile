@@ -60,12 +60,27 @@ format: $(INSTALLED) ## put code and notebooks into the one format
 lab: $(INSTALLED) ## open the course in JupyterLab
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-bench: $(INSTALLED) ## measure on this machine (a minute or two), write benchmarks/RESULTS.md
+# What only benchmarks need goes into .venv too, but moves none of its pins.
+BENCH_SETUP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+  -r benchmarks/requirements.txt -c requirements.txt
+
+bench: $(INSTALLED) ## measure on this machine, the short ones, and write benchmarks/RESULTS.md
+	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
 
-bench-full: $(INSTALLED) ## the same with more runs of each
+bench-full: $(INSTALLED) ## all of them, with more runs: DATA=folder of images, such as CIFAR-10's
+	@test -d "$(DATA)/train" || { echo "make bench-full DATA=FOLDER: '$(DATA)' holds no train/<class>/*" >&2; exit 1; }
+	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py --rounds 15 --later 10
+	$(BIN)/python benchmarks/throughput.py --rounds 9
+	$(BIN)/python benchmarks/resume.py --rounds 5
+	$(BIN)/python benchmarks/scaling.py --full --steps 20
+	$(BIN)/python benchmarks/memory.py --data "$(DATA)"
+	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
 	$(BIN)/python benchmarks/report.py
 
 lock: $(INSTALLED) ## write requirements.txt anew from pyproject.toml, newest versions

@@ -1,0 +1,110 @@
+"""Accuracy by time and by epoch on real images: `fit` beside the conventional loop.
+
+python benchmarks/accuracy.py --data FOLDER [--epochs 10] [--seeds 3]
+
+FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. Both sides train the same
+SimpleModel for the same epochs, with the same schedule, on two ranks of one thread, one after the
+other for each seed. Time is time spent training; evaluation is not counted on either side.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from report import save, table
+from throughput import ENVIRONMENT, HERE, RANKS
+
+LIMIT_S = 8 * 3600
+LEVELS = (0.80, 0.85, 0.90)
+Curve = list[tuple[float, float]]  # seconds trained, test accuracy; one pair an epoch
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
+    )
+    return done.stdout
+
+
+def ours(data: str, data_dir: str, epochs: int, seed: int) -> Curve:
+    from ddp_lib import read_events, read_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "ddp_lib.launch", "train", "--data", data]
+        command += ["--data-dir", data_dir, "--nproc-per-node", str(RANKS), "--run-dir", folder]
+        run([*command, "--epochs", str(epochs), "--seed", str(seed)])
+        log, events = read_run(folder), read_events(folder)
+    trained = log[log["rank"] == 0].groupby("epoch")["step_s"].sum().cumsum()
+    accuracy = events[events["event"] == "epoch"]["test_accuracy"]
+    return list(zip(trained.tolist(), accuracy.tolist(), strict=True))
+
+
+def conventional(data: str, data_dir: str, epochs: int, seed: int, workers: int) -> Curve:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(RANKS), str(HERE / "contenders" / "conventional.py")]
+    command += ["--data", data, "--data-dir", data_dir, "--epochs", str(epochs)]
+    command += ["--seed", str(seed), "--workers", str(workers)]
+    line = next(line for line in run(command).splitlines() if line.startswith("{"))
+    return [(one["seconds"], one["accuracy"]) for one in json.loads(line)["epochs"]]
+
+
+def seconds_to(level: float, curve: Curve) -> float | None:
+    return next((seconds for seconds, accuracy in curve if accuracy >= level), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", required=True, help="folder of images")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="of the conventional loop")
+    options = parser.parse_args()
+    if not Path(options.data, "train").is_dir():
+        parser.error(f"--data {options.data!r} holds no folder train/: name a folder of images")
+    curves: dict[str, list[Curve]] = {"ddp-launch train": [], "conventional loop": []}
+    with tempfile.TemporaryDirectory() as data_dir:
+        for seed in range(options.seeds):
+            given = (options.data, data_dir, options.epochs, seed)
+            curves["ddp-launch train"].append(ours(*given))
+            curves["conventional loop"].append(conventional(*given, options.workers))
+    rows: list[dict[str, Any]] = []
+    for name, all_seeds in curves.items():
+        last = [100 * curve[-1][1] for curve in all_seeds]
+        rows.append({"name": f"{name}: final accuracy", "unit": "%", "runs": last})
+        for level in LEVELS:
+            times = [t for t in (seconds_to(level, curve) for curve in all_seeds) if t is not None]
+            if times:
+                label = f"{name}: time to {level:.0%} (reached by {len(times)} of {len(all_seeds)})"
+                rows.append({"name": label, "unit": "s", "runs": times})
+    findings = []
+    for level in LEVELS:
+        pair = [[seconds_to(level, curve) for curve in both] for both in curves.values()]
+        if all(None not in times for times in pair):
+            ratio = statistics.median(pair[0]) / statistics.median(pair[1])  # type: ignore[type-var]
+            findings.append(f"Time to {level:.0%}: {ratio:.2f} of the conventional loop's.")
+    mean = [statistics.mean(curve[-1][1] for curve in both) for both in curves.values()]
+    findings.append(f"Final accuracy, mean of seeds: {mean[0]:.2%} beside {mean[1]:.2%}.")
+    for name, all_seeds in curves.items():
+        by_epoch = ", ".join(
+            f"{statistics.median(curve[epoch][1] for curve in all_seeds):.1%}"
+            for epoch in range(options.epochs)
+        )
+        findings.append(f"{name}, accuracy by epoch (median of seeds): {by_epoch}.")
+    result = save(
+        "accuracy",
+        "Accuracy on real images",
+        f"{options.epochs} epochs of the images folder, {options.seeds} seeds, two ranks.",
+        rows,
+        findings,
+    )
+    print(table(result["rows"]))
+    print(*findings, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

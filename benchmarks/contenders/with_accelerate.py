@@ -1,0 +1,28 @@
+"""Hugging Face accelerate, as its quick tour writes a loop: prepare, backward, step."""
+
+import torch.nn.functional as F
+from accelerate import Accelerator
+from common import Job
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=True)
+    job = Job()
+    model = job.model()
+    model, optimizer, loader = accelerator.prepare(
+        model, job.optimizer(model), job.loader(shuffle=True)
+    )
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        if job.step_ended():
+            break
+    job.report()
+    del model, optimizer, loader
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
