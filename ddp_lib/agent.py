@@ -61,7 +61,6 @@ def run_agent(command: list[str], nproc: int, launch: Launch, join_timeout_s: fl
         try:
             return _run(command, nproc, launch, met, join_timeout_s)
         finally:
-            met.notes.stop_watching()
             if met.hosts:
                 met.notes.wait_until_read()
     except SignalException as stopped:
@@ -92,12 +91,23 @@ def _run(
 
     met.notes.watch(stop)
     try:
-        result = agent.run()
-    except SignalException:
+        try:
+            result = agent.run()
+        finally:
+            met.notes.stop_watching()  # it would hear this machine's own note
+    except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
         if met.notes.heard:
-            return 2
+            return met.notes.heard[1]
+        code = stopped.code if isinstance(stopped, SystemExit) else 128 + int(stopped.sigval)
+        name = signal.Signals(int(code or 0) - 128).name
+        met.notes.leave(f"stopped by {name} on {socket.gethostname()}", int(code or 0))
         raise
     except (RendezvousError, DistError) as error:
+        if met.notes.heard:
+            return met.notes.heard[1]
+        if said := met.notes.read():
+            print(f"ddp-launch: error: {said[0]}", file=sys.stderr, flush=True)
+            return said[1]
         where = (
             "this machine"
             if launch.endpoint is None
@@ -131,11 +141,11 @@ def _cause(failures: dict[int, ProcessFailure], notes: Notes) -> tuple[str, int]
     if not notes.fixed:
         return line, status
     if min(_order(failure)[0] for failure in failures.values()) == 0:
-        notes.leave(line)
+        return notes.leave(line, status)
     deadline = time.monotonic() + _CAUSE_S
     while not (said := notes.read()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return said or line, status
+    return said or (line, status)
 
 
 def describe(failures: dict[int, ProcessFailure]) -> tuple[str, int]:

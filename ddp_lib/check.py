@@ -155,6 +155,7 @@ def card(launch: LaunchOptions, options: CheckOptions, part: Part, address: str)
         "host": socket.gethostname(),
         "address": address,
         "interface": own_addresses().get(address, ""),
+        "hosts": part.hosts,
         "size": part.size,
         "rank": part.rank,
         "size_name": part.size_name,
@@ -195,10 +196,12 @@ def _meet(
         first_hit(lambda: store.add("came", 0) >= part.size - 1, came)
         store.set("list", str(store.add("came", 0) + 1))
     count = int(_get(store, "list", came + 2) or 0)
+    if not count:
+        raise UserError("the master's check does not answer: look at its output")
     if number >= count:
         raise UserError(
-            f"this machine came too late, or the master's check has ended: start it on all machines "
-            f"within {_CAME * timeout_s:.0f} s"
+            f"{count} machines had come before this one: it is one too many for {part.size_name} "
+            f"{part.size}, or too late (all are to start within {_CAME * timeout_s:.0f} s)"
         )
     cards = [json.loads(_get(store, f"card/{n}", measured) or "{}") for n in range(count)]
     row = _measure(store, cards, number, measured)

@@ -8,6 +8,7 @@ on that address alone, and the host's ranks come first: rank 0 is on the master.
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from ddp_lib.store import host_store, reach_store
 
 # How often a launcher looks whether another has left a note; how long the host of the store waits,
 # before it leaves, for the others to have read its own.
-_LOOK_S, _LINGER_S = 0.3, 3.0
+_LOOK_S, _LINGER_S = 0.3, 1.5
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Notes:
     store: dist.Store
     launch: Launch
     address: str
-    heard: str = ""
+    heard: "tuple[str, int] | None" = None
     _done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -130,7 +131,7 @@ class Notes:
                 )
             if trouble:
                 if number <= int(other["nnodes"].rpartition(":")[2]):  # else they do without
-                    self.leave(trouble)
+                    self.leave(trouble, 2)
                 raise UserError(trouble)
 
     def roll(self) -> list[dict[str, Any]]:
@@ -142,37 +143,43 @@ class Notes:
             return []
         return list({card["machine"]: card for card in cards}.values())
 
-    def leave(self, text: str) -> None:
-        """A note that ends the job on every machine; the first one stands."""
+    def leave(self, line: str, status: int) -> tuple[str, int]:
+        """Leaves a note that ends the job on every machine; returns the one that stands, the first."""
         if self.fixed:
             with suppress(RuntimeError):
-                self.store.compare_set("note", "", text)
+                self.store.compare_set("note", "", f"{status} {line}")
+        return self.read() or (line, status)
 
-    def read(self) -> str:
+    def read(self) -> tuple[str, int] | None:
+        """The note's line and exit status, if there is one."""
         try:
-            return self.store.get("note").decode() if self.store.check(["note"]) else ""
+            text = self.store.get("note").decode() if self.store.check(["note"]) else ""
         except RuntimeError:
-            return ""  # the host is gone; torch's own agent says so
+            return None  # the host is gone; torch's own agent says so
+        if not text:
+            return None
+        with suppress(RuntimeError):
+            self.store.add("read", 1)
+        status, _, line = text.partition(" ")
+        return line, int(status)
 
     def wait_until_read(self) -> None:
-        """Before the host of the store leaves: the others have read the note, or had the time."""
+        """Before the host of the store leaves: all have read the note, or had the time."""
+        deadline = time.monotonic() + _LINGER_S
         with suppress(RuntimeError):
-            for _ in range(round(_LINGER_S / 0.1)):
-                if not self.read() or self.store.add("read", 0) >= len(self.roll()) - 1:
+            while self.store.check(["note"]) and time.monotonic() < deadline:
+                if self.store.add("read", 0) >= len(self.roll()):
                     return
-                self._done.wait(0.1)
+                time.sleep(0.1)
 
     def watch(self, call: Callable[[str], None]) -> None:
         """From a thread: `call` with the note of another launcher, once there is one."""
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
-                text = self.read()
-                if text:
-                    self.heard = text
-                    with suppress(RuntimeError):
-                        self.store.add("read", 1)
-                    call(text)
+                self.heard = self.read()
+                if self.heard:
+                    call(self.heard[0])
                     return
 
         if self.fixed:

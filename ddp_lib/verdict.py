@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ddp_lib.network import join_host
+
 # Enough for checkpoints and logs of anything that this project trains.
 _LEAST_FREE = 1 << 30
 _CLOCK_S = 1.0
@@ -81,8 +83,8 @@ def _connections(cards: list[Card], rows: list[Row | None]) -> list[str]:
             whose = ", ".join(f"{who}'s connection {trouble}" for who, trouble in failed)
             found.append(
                 f"{name(card)} cannot be reached on the ports that the system picks (tried "
-                f"{card['probe']}; {whose}): gloo and NCCL use such ports, so open all ports between the "
-                "machines, not the master's alone"
+                f"{join_host(*card['probe'])}; {whose}): gloo and NCCL use such ports, so open all "
+                "ports between the machines, not the master's alone"
             )
     for number, row in enumerate(rows):
         if row is None:
@@ -150,7 +152,7 @@ def table(cards: list[Card], rows: list[Row | None]) -> str:
     for number, (card, row) in enumerate(zip(cards, rows, strict=True)):
         lines.append(
             [
-                card["host"] + ("" if number else " (master)"),
+                card["host"] + (" (master)" if card["hosts"] else ""),
                 card["address"] or "none",
                 card["interface"] or "?",
                 *_measured(number, row),

@@ -266,6 +266,7 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a machine is nobody's job at a terminal
             )
 
     @property

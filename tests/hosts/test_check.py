@@ -51,18 +51,18 @@ def test_all_is_well_with_three_machines(make_lab, tiny):
 
 def closed_port(machines):
     machines[1].close_ports(but=29500)
-    return [check(machine, *FLAGS) for machine in machines]
+    return [check(machine, *FLAGS) for machine in machines[:2]]
 
 
 def masters_port_closed(machines):
     machines[0].close_ports("29500")
-    return [check(machine, *FLAGS, "--timeout-s=10") for machine in machines]
+    return [check(machine, *FLAGS) for machine in machines[:2]]
 
 
 def loopback_name(machines):
     machines[1].write_hosts({"m0": "127.0.0.1", "m1": machines[1].address})
-    line = ("--nnodes=2", "--rdzv-endpoint=m0:29500", "--timeout-s=10", "--nproc-per-node=1")
-    return [check(machine, *line) for machine in machines]
+    line = ("--nnodes=2", "--rdzv-endpoint=m0:29500", "--nproc-per-node=1")
+    return [check(machine, *line) for machine in machines[:2]]
 
 
 def container_address(machines):
@@ -88,7 +88,7 @@ def container_address(machines):
 def four(machine, rank, size, master="10.77.0.10"):
     names = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": master, "MASTER_PORT": 29500}
     environment = {name: str(value) for name, value in names.items()}
-    return check(machine, "--timeout-s=12", **environment)
+    return check(machine, **environment)
 
 
 def not_started(machines):

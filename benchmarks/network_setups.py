@@ -1,0 +1,129 @@
+"""Two machines in the network set-ups that people have: torchrun against ddp-launch.
+
+sudo python benchmarks/network_setups.py [--limit-s 60] [--only WORD]
+
+The machines are network namespaces of this computer. Both launchers get the same flags and the same
+environment: --nnodes 2 --nproc-per-node 1 --rdzv-endpoint MASTER:29500, on both machines, and nothing
+else is set; torchrun also --rdzv-backend c10d, which ddp-launch always uses. torchrun starts a plain
+DDP script (plain_ddp.py), ddp-launch its own training. What still runs at the limit is ended.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hosts"))
+
+from machines import Lab, Machine, Program, missing
+from report import save, table
+
+PLAIN = Path(__file__).with_name("plain_ddp.py")
+MASTER = "10.77.0.10:29500"
+
+
+def hosts_files(own: str | None) -> Callable[[list[Machine]], None]:
+    """Each machine's own name means `own` to itself, or nothing; the others know it rightly."""
+
+    def write(machines: list[Machine]) -> None:
+        for machine in machines:
+            names = {one.name: one.address for one in machines if one is not machine}
+            machine.write_hosts({**names, **({machine.name: own} if own else {})})
+
+    return write
+
+
+def one_port(machines: list[Machine]) -> None:
+    for machine in machines:
+        machine.close_ports(but=29500)
+
+
+# Name, the lab's settings, what is done to the machines, the endpoint.
+SETUPS: list[tuple[str, dict, Callable[[list[Machine]], None], str]] = [
+    ("own name means own address", {}, lambda machines: None, "m0:29500"),
+    ("own name means 127.0.1.1 (Debian)", {}, hosts_files("127.0.1.1"), "m0:29500"),
+    ("own name means nothing", {}, hosts_files(None), MASTER),
+    ("both machines have one name", {"names": ["box", "box"]}, lambda machines: None, MASTER),
+    ("only the master's port is open", {}, one_port, MASTER),
+    ("IPv6 only", {"ipv4": False, "ipv6": True}, lambda machines: None, "[fd77::10]:29500"),
+]
+
+
+def start(launcher: str, machine: Machine, endpoint: str) -> Program:
+    line = f"--nnodes 2 --nproc-per-node 1 --rdzv-endpoint {endpoint}".split()
+    if launcher == "torchrun":
+        return machine.start(["torchrun", *line, "--rdzv-backend", "c10d", str(PLAIN)])
+    data = str(machine.folder.parents[1] / "data")
+    training = ["--data", "shapes", "--data-dir", data, "--epochs", "1", "--run-dir", "run"]
+    return machine.start(["ddp-launch", "train", *line, *training])
+
+
+def outcome(programs: list[Program], limit_s: float) -> tuple[str, float]:
+    """What happened, in words, and the seconds until both had ended, or the limit."""
+    began = time.monotonic()
+    while not all(program.ended for program in programs) and time.monotonic() < began + limit_s:
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    hung = [program for program in programs if not program.ended]
+    for program in hung:
+        program.end()
+    statuses = [program.wait(limit_s) for program in programs]
+    if hung:
+        return "hangs" if len(hung) == 2 else "one machine fails, the other hangs", seconds
+    if statuses == [0, 0]:
+        return "works", seconds
+    lines = [
+        line for p in programs for line in p.output.splitlines() if "ddp-launch: error:" in line
+    ]
+    if len(lines) == 2:
+        return f"names the cause: “{lines[-1].partition('error: ')[2]}”", seconds
+    return "fails, the cause not named", seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--limit-s", type=float, default=60.0)
+    parser.add_argument("--only", default="", help="set-ups whose name holds this word")
+    options = parser.parse_args()
+    if lacks := missing():
+        raise SystemExit(lacks)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        from ddp_lib.data import load_dataset
+
+        load_dataset("shapes", Path(folder) / "data")  # made before anything is timed
+        for number, (name, settings, change, endpoint) in enumerate(SETUPS):
+            for launcher in ("torchrun", "ddp-launch"):
+                if options.only not in name:
+                    continue
+                place = Path(folder) / f"{number}-{launcher}"
+                with Lab(2, place, **settings) as lab:
+                    change(lab.machines)
+                    programs = [start(launcher, machine, endpoint) for machine in lab.machines]
+                    what, seconds = outcome(programs, options.limit_s)
+                row = {"name": f"{name}: {launcher}", "unit": "s", "runs": [seconds]}
+                rows.append({**row, "outcome": what})
+                print(f"{name}: {launcher}: {what} ({seconds:.1f} s)", flush=True)
+    works = {which: sum(r["outcome"] == "works" for r in rows if r["name"].endswith(which))
+             for which in ("torchrun", "ddp-launch")}  # fmt: skip
+    findings = [
+        f"Of {len(rows) // 2} set-ups torchrun works in {works['torchrun']}, "
+        f"ddp-launch in {works['ddp-launch']}."
+    ]
+    what = (
+        "Two machines (network namespaces), one rank each, the same flags and environment for both "
+        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training of an "
+        f"epoch. Seconds until both machines had ended, the start of Python included; after "
+        f"{options.limit_s:g} s what still ran was ended: it hangs."
+    )
+    if options.only:
+        print(table(rows))
+        return
+    result = save("network_setups", "Network set-ups and launchers", what, rows, findings)
+    print(table(result["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""What benchmarks/network_setups.py has torchrun start: DDP as the tutorials write it, 20 steps."""
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+net = DistributedDataParallel(torch.nn.Linear(1000, 10))
+for _ in range(20):
+    net(torch.rand(64, 1000)).sum().backward()
+print(f"rank {dist.get_rank()} of {dist.get_world_size()} is done", flush=True)
+del net
+dist.destroy_process_group()
