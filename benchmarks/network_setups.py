@@ -55,9 +55,21 @@ def start(launcher: str, machine: Machine, endpoint: str) -> Program:
     line = f"--nnodes 2 --nproc-per-node 1 --rdzv-endpoint {endpoint}".split()
     if launcher == "torchrun":
         return machine.start(["torchrun", *line, "--rdzv-backend", "c10d", str(PLAIN)])
-    data = str(machine.folder.parents[1] / "data")
-    training = ["--data", "shapes", "--data-dir", data, "--epochs", "1", "--run-dir", "run"]
-    return machine.start(["ddp-launch", "train", *line, *training])
+    data = machine.folder.parents[1]
+    training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 20 --run-dir run"
+    return machine.start(["ddp-launch", "train", *line, *training.split()])
+
+
+def make_images(folder: Path) -> None:
+    """A step of 128 images an epoch."""
+    from PIL import Image
+
+    for number in range(144):
+        file = (
+            folder / ("train" if number < 128 else "test") / f"class{number % 2}" / f"{number}.png"
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 255 * (number % 2), 0)).save(file)
 
 
 def outcome(programs: list[Program], limit_s: float) -> tuple[str, float]:
@@ -93,7 +105,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         from ddp_lib.data import load_dataset
 
-        load_dataset("shapes", Path(folder) / "data")  # made before anything is timed
+        make_images(Path(folder) / "images")
+        load_dataset(
+            str(Path(folder) / "images"), Path(folder) / "data"
+        )  # before anything is timed
         for number, (name, settings, change, endpoint) in enumerate(SETUPS):
             for launcher in ("torchrun", "ddp-launch"):
                 if options.only not in name:
@@ -114,8 +129,8 @@ def main() -> None:
     ]
     what = (
         "Two machines (network namespaces), one rank each, the same flags and environment for both "
-        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training of an "
-        f"epoch. Seconds until both machines had ended, the start of Python included; after "
+        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training, of 20 "
+        f"steps too. Seconds until both machines had ended, the start of Python included; after "
         f"{options.limit_s:g} s what still ran was ended: it hangs."
     )
     if options.only:

@@ -29,6 +29,14 @@ class Agent(LocalElasticAgent):
     """torch's agent, which says why it starts the ranks again."""
 
     began = False
+    notes: Notes
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Ends the ranks; at a signal, the other machines get to know it first."""
+        stopped = sys.exc_info()[1]
+        if isinstance(stopped, SignalException):
+            _tell_of_signal(self.notes, 128 + int(stopped.sigval))
+        super()._shutdown(death_sig, timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.began = True
@@ -89,6 +97,7 @@ def _run(
         print(f"ddp-launch: error: {text}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)  # torch's agent ends its ranks and raises
 
+    agent.notes = met.notes
     met.notes.watch(stop)
     try:
         try:
@@ -98,9 +107,8 @@ def _run(
     except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
         if met.notes.heard:
             return met.notes.heard[1]
-        code = stopped.code if isinstance(stopped, SystemExit) else 128 + int(stopped.sigval)
-        name = signal.Signals(int(code or 0) - 128).name
-        met.notes.leave(f"stopped by {name} on {socket.gethostname()}", int(code or 0))
+        if isinstance(stopped, SystemExit) and isinstance(stopped.code, int):
+            _tell_of_signal(met.notes, stopped.code)
         raise
     except (RendezvousError, DistError) as error:
         if met.notes.heard:
@@ -133,6 +141,13 @@ def _run(
     line, status = _cause(result.failures, met.notes)
     print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
     return status
+
+
+def _tell_of_signal(notes: Notes, status: int) -> None:
+    notes.stop_watching()  # it would hear this machine's own note
+    if not notes.heard:
+        name = signal.Signals(status - 128).name
+        notes.leave(f"stopped by {name} on {socket.gethostname()}", status)
 
 
 def _cause(failures: dict[int, ProcessFailure], notes: Notes) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from ddp_lib.network import (
     Endpoint,
     first_hit,
     is_here,
-    is_loopback,
+    meanings,
     own_address,
     own_addresses,
     resolve,
@@ -135,7 +135,8 @@ def card(launch: LaunchOptions, options: CheckOptions, part: Part, address: str)
     troubles = []
     found = resolve(part.endpoint.host, part.endpoint.port)
     named_here = part.endpoint.host.partition(".")[0] == socket.gethostname().partition(".")[0]
-    if found and is_loopback(found[0]) and not (named_here or part.rank == 0):
+    guessed = meanings(part.endpoint, False) != found
+    if guessed and not (named_here or part.rank == 0):
         troubles.append(
             f"{part.endpoint.host_name} means {found[0]} here, this machine itself: correct /etc/hosts, "
             "or give the master's address"

@@ -63,7 +63,8 @@ def wait_for_master(
                 )
                 limit_s = join_timeout_s if silence_s is None else min(silence_s, join_timeout_s)
         if time.monotonic() + _RETRY_S > began + limit_s:
-            if not one_machine and is_loopback((resolve(endpoint.host, endpoint.port) or [""])[0]):
+            names = meanings(endpoint, one_machine)
+            if names and is_loopback(names[-1]) and not is_loopback(endpoint.host):
                 trouble += (
                     f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
                 )
@@ -85,7 +86,7 @@ def listen(
     found = meanings(endpoint, one_machine)
     usable = [a for a in found if a in mine or is_loopback(a)]
     outward = [a for a in usable if not is_loopback(a)]
-    guessed = not one_machine and is_loopback(resolve(endpoint.host, endpoint.port)[0])
+    guessed = found != resolve(endpoint.host, endpoint.port)
     everywhere = not usable or (guessed and len(outward) != 1)
     ipv6 = ":" in (usable or found)[0]
     address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]

@@ -117,11 +117,11 @@ def meanings(endpoint: Endpoint, one_machine: bool) -> list[str]:
     """The addresses by which to meet there, best first; empty where the name does not resolve (yet).
 
     A name that means loopback here is this machine's own (a hosts file with 127.0.1.1): several
-    machines meet at its outward address.
+    machines meet at its outward address. Who writes 127.0.0.1 or localhost means it: all on this one.
     """
     found = resolve(endpoint.host, endpoint.port)
     outward = [address for address in found if not is_loopback(address)]
-    if not found or one_machine:
+    if not found or one_machine or endpoint.host == "localhost" or is_loopback(endpoint.host):
         return found
     return outward or [*outward_addresses(), *found]
 

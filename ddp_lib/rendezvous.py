@@ -84,9 +84,10 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
 
 def _master(endpoint: Endpoint, address: str, here: bool) -> str:
     """What MASTER_ADDR is to be for the ranks of this machine."""
-    found = resolve(endpoint.host, endpoint.port)
-    outward = [one for one in meanings(endpoint, False) if not is_loopback(one)]
-    if here and found and is_loopback(found[0]) and len(outward) == 1:
+    found = meanings(endpoint, False)
+    outward = [one for one in found if not is_loopback(one)]
+    guessed = found != resolve(endpoint.host, endpoint.port)
+    if here and guessed and len(outward) == 1:
         return address
     return endpoint.host
 
