@@ -18,8 +18,8 @@ def wrong_2_a(seconds):
 
 
 def wrong_2_b(seconds):
-    dist.reduce(seconds, 0, dist.ReduceOp.MAX)
-    return seconds  # right on rank 0 alone
+    dist.all_reduce(seconds)
+    return seconds / dist.get_world_size()  # the mean
 
 
 def wrong_3_a(tensor, rank):
@@ -43,6 +43,6 @@ def wrong_4_a(tensor, rank):
 
 
 def wrong_4_b(tensor, rank):
-    machine = dist.new_group([0, 1] if rank < 2 else [2, 3])
-    dist.all_reduce(tensor, group=machine)
+    machines = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    dist.all_reduce(tensor, group=machines[rank // 2])
     return tensor  # the sum
