@@ -1,6 +1,7 @@
 """run_nodes: the launch on several machines, rehearsed on this computer with an agent a "node"."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -92,9 +93,16 @@ def run_nodes(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the range from which systems pick ports themselves, or one of them might be this one by
+    the time that the master opens it."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise UserError("no free port found on 127.0.0.1 between 20000 and 30000: end what has them")
 
 
 def _end(started: list[subprocess.Popen[bytes]]) -> None:
