@@ -73,23 +73,25 @@ def predict_step_s(step: Step, link: Link, ranks: int, overlap: bool = True) -> 
     return step.compute_s - step.backward_s + max(step.backward_s, arrived)
 
 
-def predict_efficiency(step: Step, link: Link, ranks: int) -> float:
+def efficiency(step: Step, link: Link, ranks: int) -> float:
     """Images/s on `ranks` ranks over `ranks` times one rank's, each with the same batch: 0 to 1."""
     return step.compute_s / predict_step_s(step, link, ranks)
 
 
-def fit_link(seconds: Mapping[int, float], ranks: int) -> Link:
-    """The link whose ring all-reduce comes nearest to what was measured: bytes -> seconds.
+def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
+    """The link whose ring all-reduce comes nearest to what was measured: bytes -> seconds, one a run.
 
-    Least squares of the *relative* errors, so that small tensors count as much as large ones.
+    Least squares of the *relative* errors of each size's median, so that small tensors count as much
+    as large ones, and a run that another program disturbed counts for nothing.
     UserError for fewer than two sizes, one rank, or times that do not grow with the size.
     """
-    if ranks < 2 or len(seconds) < 2:
+    if ranks < 2 or len(runs) < 2:
         raise UserError(
-            f"{len(seconds)} size(s) on {ranks} rank(s) fix no line: measure 2 or more on 2 or more"
+            f"{len(runs)} size(s) on {ranks} rank(s) fix no line: measure 2 or more on 2 or more"
         )
-    sizes = torch.tensor(list(seconds), dtype=torch.float64)
-    times = torch.tensor(list(seconds.values()), dtype=torch.float64)
+    sizes = torch.tensor(list(runs), dtype=torch.float64)
+    medians = [statistics.median(times) for times in runs.values()]
+    times = torch.tensor(medians, dtype=torch.float64)
     messages = 2 * (ranks - 1)
     columns = messages * torch.stack([torch.ones_like(sizes), sizes / ranks], dim=1)
     weighted = columns / times[:, None]
@@ -100,7 +102,7 @@ def fit_link(seconds: Mapping[int, float], ranks: int) -> Link:
         alpha, beta = 0.0, (torch.linalg.lstsq(slope, goal).solution).item()
     if beta <= 0:
         raise UserError(
-            f"all-reduces of {min(seconds)} to {max(seconds)} bytes take the same time: "
+            f"all-reduces of {min(runs)} to {max(runs)} bytes take the same time: "
             "measure larger tensors"
         )
     return Link(alpha, 1 / beta)
@@ -129,11 +131,6 @@ def measure_all_reduce(
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         found[size] = slowest.tolist()
     return found
-
-
-def medians(runs: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Median by size, as `fit_link` takes it."""
-    return {size: statistics.median(times) for size, times in runs.items()}
 
 
 def _finish(world: World) -> None:
