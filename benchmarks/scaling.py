@@ -60,11 +60,11 @@ def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:
 
 def predicted_s(found: dict[str, Any], ranks: int, hook: str) -> float | None:
     """By the cost model; None for PowerSGD, whose own arithmetic it does not know."""
-    from ddp_lib.scaling import Step, fit_link, medians, predict_step_s
+    from ddp_lib.scaling import Step, fit_link, predict_step_s
 
     if ranks == 1 or hook == "PowerSGD":
         return None
-    link = fit_link(medians({int(k): v for k, v in found["all_reduce_s"].items()}), ranks)
+    link = fit_link({int(k): v for k, v in found["all_reduce_s"].items()}, ranks)
     sent = found["gradient_bytes"] // (2 if hook == "fp16" else 1)
     return predict_step_s(Step(found["compute_s"], found["backward_s"], sent), link, ranks)
 
