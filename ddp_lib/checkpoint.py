@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ def write_atomic(path: Path, payload: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; "
-            "what was there before is untouched"
-        ) from None
+        with suppress(OSError):  # a disk that is read-only now
+            temporary.unlink(missing_ok=True)
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; "
+        "what was there before is untouched"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -59,12 +65,12 @@ def from_bytes(payload: bytes) -> dict[str, Any]:
     return state
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `state` as the folder's newest checkpoint and keeps its predecessor.
+def save(folder: Path, payload: bytes) -> None:
+    """Writes a state's bytes as the folder's newest checkpoint and keeps its predecessor.
 
-    The file is a torch.save of {"payload": the state's own bytes, "sha256": their digest}.
+    The file is a torch.save of {"payload": those bytes, "sha256": their digest}. UserError where the
+    disk refuses.
     """
-    payload = to_bytes(state)
     sealed = to_bytes(
         {
             "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8),
@@ -74,11 +80,14 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     newest = folder / NAME
     staged = folder / f".{NAME}.new"
     write_atomic(staged, sealed)
-    # Killed between these two renames, the predecessor still stands and is found.
-    if newest.exists():
-        os.replace(newest, folder / PREVIOUS)
-    os.replace(staged, newest)
-    _sync_folder(folder)
+    try:
+        # Killed between these two renames, the predecessor still stands and is found.
+        if newest.exists():
+            os.replace(newest, folder / PREVIOUS)
+        os.replace(staged, newest)
+        _sync_folder(folder)
+    except OSError as error:
+        raise _refused(newest, error) from None
 
 
 def _open_sealed(path: Path) -> bytes:
@@ -120,9 +129,15 @@ def find(folder: Path, log: Callable[[str], None] = print) -> bytes | None:
     return None
 
 
+def clean(folder: Path) -> None:
+    """Removes what writers that were killed left half-written."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def move_aside(folder: Path) -> Path | None:
     """Moves what an earlier run left in `folder` to earlier-1/, earlier-2/, ...; None: nothing there."""
-    old = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != ".lock"]
+    old = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
     if not old:
         return None
     number = 1

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from ddp_lib.data import Dataset, make_batch
+from ddp_lib.replica import share_buffers
 from ddp_lib.sampler import eval_batches
 from ddp_lib.world import World
 
@@ -36,9 +36,7 @@ def evaluate(model: nn.Module, data: Dataset, world: World, split: str = "test")
     differ from rank to rank: rank 0's are sent to all first. Leaves the model in eval mode. Computes
     in the precision of the parameters, as a plain process that loads the weights would.
     """
-    if world.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    share_buffers(model, world)
     model.eval()
     part = {"test": data.test, "train": data.train}[split]
     dtype = next(model.parameters()).dtype

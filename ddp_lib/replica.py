@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lib.errors import UserError
+from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
 # torch 2.15 renames it; 2.11 knows the old name only.
@@ -26,7 +27,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel; in a world of one, the model itself.
 
     Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read
-    them, and `evaluate` takes rank 0's.
+    them, and `evaluate` and the checkpoints take rank 0's.
     """
     if world.world_size == 1:
         return model
@@ -52,32 +53,42 @@ def warm_buckets(net: nn.Module, x: torch.Tensor) -> None:
 
 
 class StepFlags:
-    """What every rank must know of every other at each step: a loss that is not finite, a signal.
+    """What every rank must know of every other at each step: a loss that is not finite, a signal, and
+    whether rank 0 finds that it is time for a checkpoint.
 
     Sent while backward runs, so it costs next to nothing.
     """
 
-    def __init__(self, loss: float, signal: int, world: World) -> None:
+    def __init__(self, loss: float, signal: int, save: bool, world: World) -> None:
         bad_rank = 0 if math.isfinite(loss) else world.rank + 1
-        self._flags = torch.tensor([bad_rank, signal], device=world.device)
+        save = save and world.is_main
+        self._flags = torch.tensor([bad_rank, signal, save], device=world.device)
         self._work = None
         if world.world_size > 1:
             self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
 
-    def heed(self, epoch: int, step: int) -> int:
-        """The highest signal number any rank has had (0: none), the same on every rank.
+    def heed(self, epoch: int, step: int) -> tuple[int, bool]:
+        """The highest signal number any rank has had (0: none), and whether to save a checkpoint:
+        the same on every rank.
 
         UserError, on every rank, where any rank's loss is not finite.
         """
         if self._work is not None:
             self._work.wait()
-        bad_rank, signal = self._flags.tolist()
+        bad_rank, signal, save = self._flags.tolist()
         if bad_rank:
             raise UserError(
                 f"the loss of rank {bad_rank - 1} is not finite at step {step} (epoch {epoch + 1}): "
                 "lower --lr, or look for bad values in the data; the last checkpoint stands"
             )
-        return int(signal)
+        return int(signal), bool(save)
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Gives every rank rank 0's buffers (BatchNorm's running statistics)."""
+    if world.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,4 +104,6 @@ def weights_sha256(model: nn.Module, world: World) -> list[str]:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return [one.hex() for one in world.gather_bytes(digest.digest())]
+    digests = broadcast_bytes(world, b"".join(gather_bytes(world, digest.digest())))
+    size = digest.digest_size
+    return [digests[at : at + size].hex() for at in range(0, len(digests), size)]

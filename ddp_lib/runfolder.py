@@ -2,34 +2,40 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ddp_lib import checkpoint
 from ddp_lib.config import TrainConfig
-from ddp_lib.errors import UserError
+from ddp_lib.found import CONFIG, SUMMARY, WEIGHTS, Found, look, newest, put_aside
+from ddp_lib.keeper import claim
+from ddp_lib.logcopy import LogCopies, level
 from ddp_lib.meeting import versions
+from ddp_lib.transfer import broadcast_bytes
 from ddp_lib.world import World
 
-SUMMARY = "summary.json"
-WEIGHTS = "cifar_net.pth"
 CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 
 
 @dataclass(frozen=True)
 class Run:
-    """folder: this machine's copy of it; resumed: the checkpoint to go on from; finished: the
-    summary of a run that has nothing left to do."""
+    """folder: this machine's copy of it; keeps: whether this rank writes the checkpoint there;
+    began: when the run first started (Unix time), its identity; resumed: the checkpoint to go on
+    from; finished: the summary of a run that has nothing left to do; copies: sends the logs to the
+    master."""
 
     folder: Path
+    keeps: bool
+    began: float
     resumed: dict[str, Any] | None
     finished: dict[str, Any] | None
+    copies: LogCopies
 
 
 def warn_of_loss(config: TrainConfig, world: World) -> None:
@@ -51,89 +57,56 @@ def _on_a_mount(folder: Path) -> bool:
 
 @contextmanager
 def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Run]:
-    """Opens the run's folder for this job on every rank; rank 0 decides, the others follow.
+    """Opens the run's folder for this job on every rank, and finds where to start.
 
-    UserError on every rank: another job has the folder; its checkpoint is of another configuration
-    (--resume auto); there is none (--resume must); it cannot be written.
+    Machines that share no disk each keep a copy. The newest whole checkpoint counts, wherever it
+    lies, and its holder sends it to all: rank 0 may have moved to another machine.
+
+    UserError on every rank: another job has the folder; a checkpoint is of another configuration
+    (--resume auto); there is none (--resume must); a folder cannot be written.
     """
-    folder = Path(config.run_dir)
+    folder, limit_s = Path(config.run_dir), config.data_timeout_s
     payload = b""
 
-    def decide() -> dict[str, Any]:
+    def look_here() -> dict[str, Any]:
         nonlocal payload
-        _make(folder)
-        _lock(folder, stack)
-        found = _find_start(config, folder, world)
-        if found is not None:
-            payload = found
-            if _is_finished(checkpoint.from_bytes(found), folder, total_steps):
-                return {"finished": json.loads((folder / SUMMARY).read_text())}
-        text = json.dumps({**config.as_dict(), "versions": versions()}, indent=2) + "\n"
-        checkpoint.write_atomic(folder / "config.json", text.encode())
-        return {"resume": found is not None}
+        payload, here = look(folder, config, world) if keeps else (b"", Found(""))
+        return asdict(here)
 
     with ExitStack() as stack:
-        plan = world.from_main("start", decide, config.data_timeout_s)
-        _make(folder)
-        resumed = None
-        if plan.get("resume"):
-            # From rank 0's file to all: other machines need not share its disk.
-            resumed = checkpoint.from_bytes(world.broadcast_bytes(payload))
-            world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}")
-        yield Run(folder, resumed, plan.get("finished"))
+        keepers = claim(folder, world, stack, limit_s)
+        keeps = keepers[world.rank] == world.rank
+        found = [Found(**one) for one in world.from_all("look", look_here, limit_s)]
+        began = max(one.began for one in found)
+        if found[world.rank].is_older_than(began):
+            put_aside(folder, world, "of an earlier run than another machine's")
+        found = [Found(one.host) if one.is_older_than(began) else one for one in found]
+        source = newest(found, config)
+        level(folder, world, keepers, [one.logs for one in found])
+        resumed = finished = None
+        if source is not None:
+            finished = found[0].summary if found[source].step >= total_steps else None
+            if found[world.rank].damage:
+                world.say(
+                    f"warning: no whole checkpoint in {folder}: taking another machine's", True
+                )
+            payload = broadcast_bytes(world, payload, source)
+            resumed = checkpoint.from_bytes(payload)
+        if finished is None:
+            began = began or world.from_main("began", time.time, limit_s)
 
+            def store() -> None:
+                described = {**config.as_dict(), "versions": versions(), "began": began}
+                text = json.dumps(described, indent=2) + "\n"
+                checkpoint.write_atomic(folder / CONFIG, text.encode())
+                if resumed and found[world.rank].step < resumed["step"]:
+                    checkpoint.save(folder, payload)
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--run-dir {str(folder)!r} cannot be made ({error.strerror}): name a folder that this "
-            "user can write"
-        ) from None
-
-
-def _lock(folder: Path, stack: ExitStack) -> None:
-    try:
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))
-    except Timeout:
-        raise UserError(
-            f"--run-dir {str(folder)!r} is in use by another job: wait for it, or name another folder"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--run-dir {str(folder)!r} cannot be written ({error.strerror}): name a folder that "
-            "this user can write"
-        ) from None
-
-
-def _find_start(config: TrainConfig, folder: Path, world: World) -> bytes | None:
-    """The bytes of the checkpoint to resume from, or None for a fresh start."""
-    if config.resume == "never":
-        moved = checkpoint.move_aside(folder)
-        if moved is not None:
-            world.say(f"--resume never: what {folder} held is now in {moved}")
-        return None
-    found = checkpoint.find(folder, world.say)
-    if found is None:
-        if config.resume == "must":
-            raise UserError(
-                f"--resume must: {folder} holds no checkpoint; check --run-dir, or use --resume auto"
-            )
-        return None
-    differences = config.differences(checkpoint.from_bytes(found)["config"])
-    if differences:
-        raise UserError(
-            f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
-            "name another --run-dir, give the same flags, or --resume never to start anew"
-        )
-    return found
-
-
-def _is_finished(state: dict[str, Any], folder: Path, total_steps: int) -> bool:
-    return (
-        state["step"] >= total_steps and (folder / SUMMARY).exists() and (folder / WEIGHTS).exists()
-    )
+            world.from_all("store", store if keeps else lambda: None, limit_s)
+            if resumed:
+                whose = f", the checkpoint of {found[source].host}" if source else ""
+                world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}{whose}")
+        yield Run(folder, keeps, began, resumed, finished, LogCopies(folder, world, keepers))
 
 
 def write_results(folder: Path, weights: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:

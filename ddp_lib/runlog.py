@@ -30,7 +30,7 @@ class RunLog:
     def __init__(self, folder: Path, rank: int) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank{rank}.jsonl"
+        self.path = path = log_path(folder, rank)
         self.rank = rank
         self._earlier_starts = 0
         half_line = False
@@ -47,8 +47,18 @@ class RunLog:
         self.write(event="start", start=self._earlier_starts, **fields)
 
     def write(self, **fields: Any) -> None:
-        """One line of plain values (numbers, strings, lists of them)."""
-        self._file.write(json.dumps(fields).encode() + b"\n")
+        """One line of plain values (numbers, strings, lists of them). UserError: the disk refuses."""
+        line = json.dumps(fields).encode() + b"\n"
+        try:
+            # A disk that fills up takes a part of the line, and refuses only the next.
+            why = None if self._file.write(line) == len(line) else "No space left on device"
+        except OSError as error:
+            why = error.strerror
+        if why:
+            raise UserError(
+                f"cannot write {self.path} ({why}): free or unlock the disk and start again; the "
+                "same command goes on from the last checkpoint"
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -105,16 +115,24 @@ def read_events(folder: str | Path) -> "pd.DataFrame":
     return pd.DataFrame(events, columns=[*first, *others])
 
 
+def log_path(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"rank{rank}.jsonl"
+
+
+def logs_in(folder: str | Path) -> dict[int, Path]:
+    """The log of each rank that has one in `folder`, in rank order."""
+    matches = (re.fullmatch(r"rank(\d+)\.jsonl", path.name) for path in Path(folder).glob("rank*"))
+    ranks = sorted(int(match[1]) for match in matches if match)
+    return {rank: log_path(folder, rank) for rank in ranks}
+
+
 def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:
     """Every whole line of all ranks, in rank order, with `rank` and `start` filled in."""
-    found = {}
-    for path in Path(folder).glob("rank*.jsonl"):
-        if match := re.fullmatch(r"rank(\d+)\.jsonl", path.name):
-            found[int(match[1])] = path
+    found = logs_in(folder)
     if not found:
         what = "holds no rank<R>.jsonl" if Path(folder).is_dir() else "is not a folder"
         raise UserError(f"{folder} {what}: name the folder of a run, such as runs/demo")
-    for rank, path in sorted(found.items()):
+    for rank, path in found.items():
         start = 0
         for line in _lines(path):
             if line.get("event") == "start":

@@ -48,7 +48,7 @@ def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> di
         if run.finished is not None:
             world.say(f"{run.folder} is finished; more --epochs would go on from there")
             return run.finished
-        trainer = Trainer(config, world, data, sampler, run.folder, stop or StopSignal())
+        trainer = Trainer(config, world, data, sampler, run, stop or StopSignal())
         trainer.restore(run.resumed)
         with trainer.stop.deferred():
             return trainer.run()

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,15 @@ from ddp_lib.optim import (
     pick_precision,
     set_learning_rate,
 )
-from ddp_lib.replica import StepFlags, copy_state, warm_buckets, weights_sha256, wrap
-from ddp_lib.runfolder import write_results
+from ddp_lib.replica import (
+    StepFlags,
+    copy_state,
+    share_buffers,
+    warm_buckets,
+    weights_sha256,
+    wrap,
+)
+from ddp_lib.runfolder import Run, write_results
 from ddp_lib.runlog import RunLog
 from ddp_lib.sampler import TrainSampler
 from ddp_lib.stop import StopSignal
@@ -40,11 +46,11 @@ class Trainer:
         world: World,
         data: Dataset,
         sampler: TrainSampler,
-        folder: Path,
+        run: Run,
         stop: StopSignal,
     ) -> None:
         self.config, self.world, self.data, self.sampler = config, world, data, sampler
-        self.folder, self.stop = folder, stop
+        self.job, self.folder, self.stop = run, run.folder, stop
         self.step = 0
         self.total_steps = config.epochs * len(sampler)
         self.precision, why = pick_precision(config.precision, world.device)
@@ -59,7 +65,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.model)
         self.net = wrap(self.model, world)
         self.console = Console(world, config.epochs, len(sampler))
-        self.log = RunLog(folder, world.rank)
+        self.log = RunLog(run.folder, world.rank)
         self.saved_s = time.monotonic()
 
     def restore(self, state: dict[str, Any] | None) -> None:
@@ -74,8 +80,9 @@ class Trainer:
             self.step = int(state["step"])
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint; the others go on and meet it at the next all-reduce."""
-        if self.world.is_main:
+        """On every disk one rank writes a checkpoint; the others meet it at the next all-reduce."""
+        share_buffers(self.model, self.world)
+        if self.job.keeps:
             began = time.perf_counter()
             state = {
                 "model": copy_state(self.model),
@@ -84,8 +91,9 @@ class Trainer:
                 "epoch": self.step // len(self.sampler),
                 "config": self.config.as_dict(),
                 "versions": versions(),
+                "began": self.job.began,
             }
-            checkpoint.save(self.folder, state)
+            checkpoint.save(self.folder, checkpoint.to_bytes(state))
             self.log.write(event="checkpoint", step=self.step, seconds=time.perf_counter() - began)
         self.saved_s = time.monotonic()
 
@@ -106,10 +114,12 @@ class Trainer:
                 self.save()
                 result = evaluate(self.model, self.data, self.world)
                 self.report(epoch, train_loss, images_per_s, result)
+                self.job.copies.send()
             # None: killed after the last checkpoint and before the results were written.
             result = result or evaluate(self.model, self.data, self.world)
             summary = self.finish(result, train_loss, images_per_s)
             self.log.write(event="end", step=self.step, why="finished", time=time.time())
+            self.job.copies.send()
             return summary
         finally:
             self.console.close()
@@ -138,7 +148,7 @@ class Trainer:
             x, y = self.batch(indices, augment)
             got_data = time.perf_counter()
             loss, flags = self.forward_backward(x, y)
-            signal = flags.heed(epoch, self.step)
+            signal, save = flags.heed(epoch, self.step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             done = time.perf_counter()
@@ -160,7 +170,7 @@ class Trainer:
             loss_sum, samples = loss_sum + loss * len(indices), samples + len(indices)
             if signal:
                 self.leave_early(signal)
-            if time.monotonic() - self.saved_s > config.checkpoint_every_s:
+            if save:
                 self.save()
         seconds = time.perf_counter() - epoch_began
         totals = torch.tensor([loss_sum, samples], dtype=torch.float64, device=world.device)
@@ -183,7 +193,8 @@ class Trainer:
                 )
                 loss += part_loss.item() / parts
                 if last:
-                    flags = StepFlags(loss, self.stop.requested, self.world)
+                    due = time.monotonic() - self.saved_s > self.config.checkpoint_every_s
+                    flags = StepFlags(loss, self.stop.requested, due, self.world)
                 (part_loss / parts).backward()
         return loss, flags
 
@@ -191,6 +202,7 @@ class Trainer:
         """All ranks stop at the same step; SystemExit(128 + signal)."""
         self.save()
         self.log.write(event="end", step=self.step, why=f"signal {signal}", time=time.time())
+        self.job.copies.send()
         self.console.main_line(
             f"stopped by signal {signal} at step {self.step} of {self.total_steps}; "
             "the same command goes on from here"

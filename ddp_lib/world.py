@@ -184,27 +184,34 @@ class World:
             raise UserError(answer["error"])
         return answer["value"]
 
-    def broadcast_bytes(self, payload: bytes) -> bytes:
-        """Rank 0's `payload`, on every rank; the others' argument is not looked at."""
-        if self.world_size == 1:
-            return payload
-        length = torch.tensor([len(payload)], device=self.device)
-        dist.broadcast(length, 0)
-        if self.is_main:
-            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
-        else:
-            data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, 0)
-        return data.cpu().numpy().tobytes()
+    def from_all(self, what: str, make: Callable[[], Any], timeout_s: float) -> list[Any]:
+        """What `make()` returns on each rank (anything JSON holds), in rank order, on every rank.
 
-    def gather_bytes(self, payload: bytes) -> list[bytes]:
-        """Every rank's `payload` (the same length on all), in rank order, on every rank."""
-        if self.world_size == 1:
-            return [payload]
-        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_of_them, mine)
-        return [one.cpu().numpy().tobytes() for one in all_of_them]
+        A UserError of any rank is raised on every rank, with the name of the machine it came from.
+        """
+        try:
+            answer = {"value": make()}
+        except UserError as error:
+            answer = {"error": str(error), "host": socket.gethostname()}
+        answers = [answer]
+        if self.store is not None:
+            deadline = time.monotonic() + timeout_s
+            place = f"{what}/{next(self._meetings)}"
+            texts = exchange(
+                self.store,
+                place,
+                self.rank,
+                self.world_size,
+                json.dumps(answer),
+                deadline,
+                timeout_s,
+            )
+            answers = [json.loads(text) for text in texts]
+        for one in answers:
+            if "error" in one:
+                where = "" if one == answer else f"{one['host']}: "
+                raise UserError(where + one["error"])
+        return [one["value"] for one in answers]
 
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.

@@ -1,6 +1,12 @@
 """Models that tests name with --model models:NAME."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -57,3 +63,33 @@ def needs_an_argument(classes: int) -> nn.Module:
 
 def not_a_model(num_classes: int) -> str:
     return f"{num_classes} classes"
+
+
+class Gated(Lively):
+    """Waits once, in the training step that the environment names, until the gate is open: the
+    moment at which a test lets something happen.
+
+    GATE: a folder. GATE_STEP_<world size>: number of the step since this process started. Each rank
+    leaves the file `reached<world size>.<rank>` and waits for `open<world size>`, or for a signal.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and "GATE" in os.environ:
+            # The first call is the throw-away pass that builds DDP's buckets.
+            self.calls = getattr(self, "calls", -1 if dist.is_initialized() else 0) + 1
+            size = os.environ["WORLD_SIZE"]
+            if self.calls - 1 == int(os.environ.get(f"GATE_STEP_{size}", "-1")):
+                self.wait(Path(os.environ["GATE"]), size)
+        return super().forward(x)
+
+    def wait(self, gate: Path, size: str) -> None:
+        reached = gate / f"reached{size}.{os.environ['RANK']}"
+        if reached.exists():
+            return
+        reached.touch()
+        stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        deadline = time.monotonic() + 300
+        while not (gate / f"open{size}").exists() and not getattr(stop, "requested", 0):
+            if time.monotonic() > deadline:
+                raise TimeoutError("nobody opened the gate")
+            time.sleep(0.02)

@@ -13,6 +13,10 @@ def state(step: int) -> dict:
     return {"step": step, "model": {"w": torch.full((50,), float(step))}, "config": {"lr": 0.1}}
 
 
+def save(folder, step: int) -> None:
+    checkpoint.save(folder, checkpoint.to_bytes(state(step)))
+
+
 def found_step(folder, said=None) -> int:
     payload = checkpoint.find(folder, (said if said is not None else []).append)
     assert payload is not None
@@ -25,7 +29,7 @@ def test_nothing_there(tmp_path):
 
 def test_newest_is_found_and_its_predecessor_kept(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, state(step))
+        save(tmp_path, step)
     assert found_step(tmp_path) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME]
 
@@ -50,8 +54,8 @@ def other_file(path):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty, other_file])
 def test_damaged_newest_is_named_and_the_predecessor_used(tmp_path, damage):
-    checkpoint.save(tmp_path, state(1))
-    checkpoint.save(tmp_path, state(2))
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     damage(tmp_path / checkpoint.NAME)
     said: list[str] = []
     assert found_step(tmp_path, said) == 1
@@ -59,7 +63,7 @@ def test_damaged_newest_is_named_and_the_predecessor_used(tmp_path, damage):
 
 
 def test_every_bit_flip_in_a_small_checkpoint_is_noticed_or_harmless(tmp_path):
-    checkpoint.save(tmp_path, state(7))
+    save(tmp_path, 7)
     path = tmp_path / checkpoint.NAME
     whole = path.read_bytes()
     want = checkpoint.find(tmp_path)
@@ -74,8 +78,8 @@ def test_every_bit_flip_in_a_small_checkpoint_is_noticed_or_harmless(tmp_path):
 
 
 def test_both_damaged_is_refused_and_nothing_removed(tmp_path):
-    checkpoint.save(tmp_path, state(1))
-    checkpoint.save(tmp_path, state(2))
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     for name in (checkpoint.NAME, checkpoint.PREVIOUS):
         truncate(tmp_path / name)
     with pytest.raises(UserError, match="--resume never"):
@@ -84,7 +88,7 @@ def test_both_damaged_is_refused_and_nothing_removed(tmp_path):
 
 
 def test_killed_between_the_renames(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, state(1))
+    save(tmp_path, 1)
     real = os.replace
 
     def replace(source, target):
@@ -94,19 +98,19 @@ def test_killed_between_the_renames(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, state(2))
+        save(tmp_path, 2)
     assert found_step(tmp_path) == 1
 
 
 def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, state(1))
+    save(tmp_path, 1)
 
     def no_space(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save(tmp_path, state(2))
+        save(tmp_path, 2)
     monkeypatch.undo()
     assert found_step(tmp_path) == 1
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NAME]

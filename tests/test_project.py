@@ -22,11 +22,11 @@ ORDER = """
     agent rendezvous rank
     notebook local_ranks rehearsal rank_error rank_process
     train trainer plots
-    runfolder console evaluation replica optim checkpoint runlog
+    runfolder keeper found logcopy console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
     failure command stop
     model config scaling
-    world devices meeting store probe master place options network
+    transfer world devices meeting store probe master place options network
     errors
 """.split()
 

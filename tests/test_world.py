@@ -11,6 +11,7 @@ import torch
 
 from ddp_lib.devices import choose_backend, thread_budget
 from ddp_lib.errors import UserError
+from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
 JOIN = """
@@ -76,7 +77,8 @@ def test_alone_needs_no_group():
         assert (world.rank, world.world_size, world.backend) == (0, 1, "none")
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
         assert world.from_main("x", lambda: {"a": 1}, 1) == {"a": 1}
-        assert world.broadcast_bytes(b"abc") == b"abc" and world.gather_bytes(b"z") == [b"z"]
+        assert world.from_all("x", lambda: 7, 1) == [7]
+        assert broadcast_bytes(world, b"abc") == b"abc" and gather_bytes(world, b"z") == [b"z"]
         world.compare("data", {"a": 1}, "cure", 1)
 
 

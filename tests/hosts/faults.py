@@ -1,0 +1,412 @@
+"""What goes wrong on several machines, made on purpose, and what it costs by the logs.
+
+Every fault is a function of the list FAULTS: it makes its training on machines of the lab, lets it
+run to the gate (see `models.Gated`) in the middle of an epoch, does the damage, and returns an
+Outcome once the training is through. What must hold on the way it asserts.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+from machines import Lab, Machine, Program
+
+from ddp_lib import read_events, read_run
+
+TESTS = Path(__file__).parents[1]
+LIMIT_S = 240  # for what takes some ten seconds on an idle computer
+CLASSES, TRAIN, TEST, GLOBAL_BATCH = ("ant", "bee", "cat"), 315, 63, 52
+EPOCHS, STEPS_PER_EPOCH, GATE = 4, TRAIN // GLOBAL_BATCH, 14  # two steps into the third epoch
+STEPS = EPOCHS * STEPS_PER_EPOCH
+# A collective waits so long where the fault is to outlast it: enough for a busy computer's steps.
+SHORT_S = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """course: what happened, in words. seconds: from the fault until a step was done again, or all
+    had ended. bits: whether the final parameters are the unbroken run's; None: other world size."""
+
+    course: str
+    seconds: float
+    steps_redone: int
+    samples_lost: int
+    samples_repeated: int
+    bits: bool | None
+
+
+def make_images(folder: Path) -> Path:
+    """A small data set: blobs of three colours in noise."""
+    from PIL import Image
+
+    random = np.random.default_rng(5)
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        for number in range(count):
+            label = number % len(CLASSES)
+            pixels = random.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+            pixels[8:20, 8:20, label] = 230
+            target = folder / split / CLASSES[label]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(target / f"{number:04d}.png")
+    return folder
+
+
+class Training:
+    """One training by ddp-launch on machines that share no disk, a rank on each."""
+
+    def __init__(self, lab: Lab, images: Path, *flags: str, nnodes: str = "2", gate: int = GATE):
+        self.lab, self.nnodes = lab, nnodes
+        self.master = lab.machines[0]
+        self.gate = lab.folder / "gate"
+        self.gate.mkdir()
+        self.environment = {"GATE": str(self.gate), "GATE_STEP_2": str(gate), "GATE_STEP_1": "2"}
+        self.flags = [
+            *flags, "--nproc-per-node", "1", "--data", str(images),
+            "--data-dir", str(images.parent / "decoded"), "--model", "models:Gated",
+            "--epochs", str(EPOCHS), "--global-batch-size", str(GLOBAL_BATCH), "--lr", "0.05",
+            "--precision", "fp32", "--checkpoint-every-s", "1000",
+        ]  # fmt: skip
+        self.programs: list[Program] = []
+        self.fault_s = 0.0
+
+    def disk(self, machine: Machine) -> Path:
+        """The run's folder on this machine's own disk."""
+        return self.lab.folder / f"disk{machine.number}" / "run"
+
+    def start(self, *machines: Machine) -> list[Program]:
+        """The same line on each; returns what was started now."""
+        endpoint = f"{self.master.address}:29500"
+        meet = ["--nnodes", self.nnodes, "--rdzv-endpoint", endpoint]
+        started = []
+        for machine in machines:
+            here = ["--run-dir", str(self.disk(machine))]
+            command = ["ddp-launch", "train", *meet, *here, *self.flags]
+            started.append(machine.start(command, cwd=TESTS, **self.environment))
+        self.programs += started
+        return started
+
+    def until_gate(self, size: int = 2) -> None:
+        """Returns when all ranks of a world of `size` wait in the same step."""
+        wait_until(
+            lambda: len([*self.gate.glob(f"reached{size}.*")]) == size,
+            lambda: "\n".join(program.output for program in self.programs),
+        )
+        self.fault_s = time.time()
+
+    def open(self, size: int = 2) -> None:
+        (self.gate / f"open{size}").touch()
+
+    def end(self, status: int = 0, programs: list[Program] | None = None) -> None:
+        """Waits for the end of all that was started; each must end with this exit status."""
+        for program in programs or self.programs:
+            assert program.wait(LIMIT_S) == status, program.output
+
+    def fail(self, *programs: Program) -> float:
+        """Waits for the end of programs that must fail, each with one line; the seconds that took."""
+        for program in programs:
+            assert program.wait(LIMIT_S) > 0, program.output
+        seconds = time.time() - self.fault_s
+        for program in programs:
+            errors = [line for line in program.output.splitlines() if "error:" in line]
+            assert len(errors) == 1 and "Traceback" not in program.output, program.output
+            assert errors == [program.output.splitlines()[-1]], program.output
+        return seconds
+
+    def weights(self) -> bytes:
+        return (self.disk(self.master) / "cifar_net.pth").read_bytes()
+
+    def outcome(self, course: str, unbroken: bytes | None, seconds: float | None = None) -> Outcome:
+        """By the logs on the master, which holds those of all ranks."""
+        folder = self.disk(self.master)
+        log = read_run(folder, superseded=True)
+        if seconds is None:
+            after = log[log["time"] > self.fault_s]
+            seconds = after["time"].min() - self.fault_s
+        kept = log[~log["superseded"]]
+        seen = kept.groupby("step")["samples"].sum().reindex(range(STEPS), fill_value=0)
+        ends = read_events(folder).query("event == 'end' and why == 'finished'")
+        assert sorted(ends["rank"]) == [0, 1], "the master lacks a log's end"
+        return Outcome(
+            course,
+            round(seconds, 1),
+            int(log[log["superseded"]]["step"].nunique()),
+            int((GLOBAL_BATCH - seen).clip(lower=0).sum()),
+            int((seen - GLOBAL_BATCH).clip(lower=0).sum()),
+            None if unbroken is None else self.weights() == unbroken,
+        )
+
+
+def wait_until(done: Callable[[], bool], state: Callable[[], str]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not done():
+        assert time.monotonic() < deadline, state()
+        time.sleep(0.02)
+
+
+def rank_on(machine: Machine) -> psutil.Process:
+    """The rank's process on this machine."""
+    (found,) = [p for p in machine.processes() if "ddp_lib.rank" in p.cmdline()]
+    return found
+
+
+@cache
+def unbroken(images: Path, folder: Path) -> bytes:
+    """The weights that the training ends with when nothing goes wrong."""
+    with Lab(2, folder) as lab:
+        training = Training(lab, images, gate=-1)
+        training.start(*lab.machines)
+        training.end()
+        outcome = training.outcome("", None)
+        assert (outcome.steps_redone, outcome.samples_lost, outcome.samples_repeated) == (0, 0, 0)
+        return training.weights()
+
+
+# Each takes the lab, the images and the unbroken run's weights.
+FAULTS: dict[str, Callable[[Lab, Path, bytes], Outcome]] = {}
+
+
+def fault(
+    name: str,
+) -> Callable[[Callable[[Lab, Path, bytes], Outcome]], Callable[[Lab, Path, bytes], Outcome]]:
+    def add(function: Callable[[Lab, Path, bytes], Outcome]) -> Callable[..., Outcome]:
+        FAULTS[name] = function
+        return function
+
+    return add
+
+
+@fault("a rank killed (SIGKILL), `--max-restarts 1`")
+def rank_killed(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images, "--max-restarts", "1")
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    rank_on(lab.machines[1]).kill()
+    training.open()
+    training.end()
+    return training.outcome("the ranks start again, and go on", whole)
+
+
+@fault("a machine dies and returns, `--nnodes 1:2`")
+def machine_returns(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two = lab.machines[:2]
+    training = Training(lab, images, "--max-restarts", "3", nnodes="1:2")
+    (first, _) = training.start(one, two)
+    training.until_gate()
+    began_s = training.fault_s
+    two.end_all()
+    training.open()
+    training.until_gate(size=1)
+    (back,) = training.start(two)
+    training.end(0, [first, back])
+    training.fault_s = began_s
+    worlds = read_events(training.disk(one)).query("event == 'start' and rank == 0")
+    assert list(worlds["world_size"]) == [2, 1, 2]
+    return training.outcome("the other goes on alone, then with it again", None)
+
+
+@fault("the master dies")
+def master_dies(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two = lab.machines[:2]
+    training = Training(lab, images)
+    (_, other) = training.start(one, two)
+    training.until_gate()
+    one.end_all()
+    training.open()
+    seconds = training.fail(other)
+    training.end(0, training.start(one, two))
+    return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
+
+
+@fault("the master dies with its disk; rank 0 moves to another machine")
+def master_is_replaced(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two, three = lab.machines
+    training = Training(lab, images)
+    (_, other) = training.start(one, two)
+    training.until_gate()
+    one.end_all()
+    shutil.rmtree(training.disk(one))
+    training.open()
+    seconds = training.fail(other)
+    training.master = two
+    training.end(0, training.start(two, three))
+    outcome = training.outcome("ends; started on a third machine, it resumes", whole, seconds)
+    # The lost machine's log is lost with it, but for what nobody needs to have read: its rows.
+    return outcome
+
+
+@fault("link down for 3 s, less than `--timeout-s`")
+def link_down_shortly(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images)
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    lab.machines[1].cut()
+    training.open()
+    time.sleep(3)  # the fault itself
+    lab.machines[1].plug()
+    training.end()
+    return training.outcome("waits, and goes on", whole)
+
+
+@fault(f"link down for longer than `--timeout-s {SHORT_S}`, `--max-restarts 1`")
+def link_down_long(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images, "--timeout-s", str(SHORT_S), "--max-restarts", "1")
+    programs = training.start(*lab.machines[:2])
+    training.until_gate()
+    lab.machines[1].cut()
+    training.open()
+    for program in programs:
+        program.wait_for("starting the ranks again", LIMIT_S)
+    lab.machines[1].plug()
+    training.end()
+    return training.outcome("times out, meets again, and goes on", whole)
+
+
+@fault("a slow link, 4 Mbit/s")
+def slow_link(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images)
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    lab.machines[1].limit_rate("4mbit")
+    training.open()
+    training.end()
+    return training.outcome("goes on, slower", whole)
+
+
+@fault("a rank frozen (SIGSTOP) for 3 s")
+def frozen_shortly(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images)
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    rank = rank_on(lab.machines[1])
+    rank.suspend()
+    training.open()
+    time.sleep(3)  # the fault itself
+    rank.resume()
+    training.end()
+    return training.outcome("waits, and goes on", whole)
+
+
+@fault(f"a rank frozen for good, `--timeout-s {SHORT_S}`, `--max-restarts 1`")
+def frozen_for_good(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images, "--timeout-s", str(SHORT_S), "--max-restarts", "1")
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    rank = rank_on(lab.machines[1])
+    rank.suspend()
+    training.open()
+    training.end()
+    assert not rank.is_running()
+    return training.outcome("times out; it is ended, all start again", whole)
+
+
+@fault(f"a rank frozen for good, `--timeout-s {SHORT_S}`, no restarts")
+def frozen_without_restarts(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = Training(lab, images, "--timeout-s", str(SHORT_S))
+    programs = training.start(*lab.machines[:2])
+    training.until_gate()
+    rank_on(lab.machines[0]).suspend()
+    training.open()
+    seconds = training.fail(*programs)
+    assert lab.machines[0].processes() == lab.machines[1].processes() == []
+    training.end(0, training.start(*lab.machines[:2]))
+    return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
+
+
+@fault("disk full on a machine that is not the master")
+def disk_full(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two = lab.machines[:2]
+    training = Training(lab, images)
+    disk = training.disk(two)
+    disk.mkdir(parents=True)
+    two.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
+    programs = training.start(one, two)
+    training.until_gate()
+    # Room for some lines of the log, and not for a checkpoint.
+    fill = f"dd if=/dev/zero of={disk}/filler bs=64k; truncate -s -64k {disk}/filler; ls {disk}"
+    listed = two.run(["sh", "-c", fill])
+    assert "checkpoint.pt" in listed
+    training.open()
+    seconds = training.fail(*programs)
+    assert all("No space left on device" in program.output for program in programs)
+    two.run(["rm", f"{disk}/filler"])
+    training.end(0, training.start(one, two))
+    return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
+
+
+@fault("the master's disk becomes read-only")
+def read_only(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two = lab.machines[:2]
+    training = Training(lab, images)
+    disk = str(training.disk(one))
+    programs = training.start(one, two)
+    training.until_gate()
+    one.run(["mount", "--bind", disk, disk])
+    one.run(["mount", "-o", "remount,bind,ro", disk])
+    training.open()
+    seconds = training.fail(*programs)
+    assert all("Read-only file system" in program.output for program in programs)
+    one.run(["umount", disk])
+    training.end(0, training.start(one, two))
+    return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
+
+
+def power_cut(lab: Lab, images: Path) -> Training:
+    """Both machines die at the gate."""
+    training = Training(lab, images)
+    training.start(*lab.machines[:2])
+    training.until_gate()
+    for machine in lab.machines[:2]:
+        machine.end_all()
+    training.open()
+    return training
+
+
+@fault("all machines die; the master's checkpoint is truncated")
+def truncated(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = power_cut(lab, images)
+    path = training.disk(training.master) / "checkpoint.pt"
+    os.truncate(path, path.stat().st_size // 2)
+    (first, _) = again = training.start(*lab.machines[:2])
+    training.end(0, again)
+    assert "checkpoint.pt is damaged" in first.output
+    return training.outcome("started again, it takes the other machine's copy", whole)
+
+
+@fault("all machines die; a bit of the master's checkpoint is flipped")
+def bit_flipped(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    training = power_cut(lab, images)
+    path = training.disk(training.master) / "checkpoint.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    (first, _) = again = training.start(*lab.machines[:2])
+    training.end(0, again)
+    assert "checkpoint.pt is damaged" in first.output
+    return training.outcome("started again, it takes the other machine's copy", whole)
+
+
+@fault("a second job takes one of the machines' folders")
+def second_job(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    one, two, three = lab.machines
+    training = Training(lab, images)
+    training.start(one, two)
+    training.until_gate()
+    second = Training.__new__(Training)
+    second.__dict__.update(training.__dict__, master=three, programs=[])
+    seconds = second.fail(*second.start(three, two))
+    refused = f"{training.disk(two)!s}' is in use by another job"
+    assert all(refused in program.output for program in second.programs)
+    training.open()
+    training.end()
+    return training.outcome("the second is refused, the first goes on", whole, seconds)
+
+
+def send_signal(program: Program, number: signal.Signals) -> None:
+    program.signal(number)
