@@ -3,8 +3,8 @@
 python benchmarks/report.py      writes benchmarks/RESULTS.md from benchmarks/results/*.json
 
 A result file holds: title, what (a sentence: what was measured, and how), rows (each with name,
-unit and runs, all the single measurements), findings (sentences with the numbers that matter),
-machine, versions, date.
+unit and runs, all the single measurements; or, with other fields, a table of those), findings
+(sentences with the numbers that matter), machine, versions, date.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 RESULTS = HERE / "results"
 
 
@@ -62,7 +63,8 @@ def versions() -> dict[str, str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a row with median, lowest, highest and the number of runs.
 
-    Rows that have an `outcome` (a word or two, and what was said) show it, and their median.
+    Rows that have an `outcome` (a word or two, and what was said) show it, and their median; rows
+    without `runs` show their fields.
     """
     if any("outcome" in row for row in rows):
         lines = ["| | outcome | seconds |", "| --- | --- | ---: |"]
@@ -70,6 +72,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             seconds = f"{statistics.median(row['runs']):.3g}"
             lines.append(f"| {row['name']} | {row['outcome']} | {seconds} |")
         return "\n".join(lines)
+    if "runs" not in rows[0]:
+        columns = list(rows[0])
+        numeric = [all(isinstance(row[name], (int, float)) for row in rows) for name in columns]
+        lines = [columns, ["---:" if number else "---" for number in numeric]]
+        lines += [[str(row[name]) for name in columns] for row in rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     lines = [
         "| | median | lowest | highest | runs |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -83,18 +91,32 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def section(result: dict[str, Any]) -> str:
     """One result as Markdown."""
+    findings = "\n".join(f"- {finding}" for finding in result["findings"])
+    return "\n\n".join([f"## {result['title']}", body(result), findings, source(result)])
+
+
+def body(result: dict[str, Any]) -> str:
+    return f"{result['what']}\n\n{table(result['rows'])}"
+
+
+def source(result: dict[str, Any]) -> str:
+    """Where and with what it was measured."""
     where, used = result["machine"], result["versions"]
     packages = ", ".join(f"{name} {number}" for name, number in used.items())
-    return "\n\n".join(
-        [
-            f"## {result['title']}",
-            result["what"],
-            table(result["rows"]),
-            "\n".join(f"- {finding}" for finding in result["findings"]),
-            f"{where['cpu']}, {where['cores']} cores, {where['system']}; {packages}; "
-            f"{result['date']}.",
-        ]
-    )
+    cpu = f"{where['cpu']}, {where['cores']} cores, {where['system']}"
+    return f"{cpu}; {packages}; {result['date']}."
+
+
+def into_readme(name: str, result: dict[str, Any]) -> None:
+    """Puts the result's text, table and source between the README's marks for `name`."""
+    readme = ROOT / "README.md"
+    begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- {name}: end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"README.md lacks {begin} ... {end}")
+    text = f"{begin}\n{body(result)}\n\nMeasured on {source(result)}\n{end}"
+    readme.write_text(before + text + after)
 
 
 def main() -> None:

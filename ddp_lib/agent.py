@@ -9,7 +9,12 @@ import time
 from contextlib import suppress
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -23,24 +28,40 @@ from ddp_lib.stop import end_all_below, signals_to_heed
 
 # How long a machine whose ranks only lost another waits for that one's word.
 _CAUSE_S = 2.0
+# Ranks that are asked to leave get so long: one that is frozen, or blocked, is ended then.
+_GRACE_S = 8
+# After another machine has given up: ranks that notice by themselves give the better reason.
+_NOTICE_S = 5.0
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which says why it starts the ranks again."""
+    """torch's agent, which says why it starts the ranks again, and leaves when another gave up."""
 
     began = False
     notes: Notes
+    closed_s: float | None = None
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _GRACE_S
+    ) -> None:
         """Ends the ranks; at a signal, the other machines get to know it first."""
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):
             _tell_of_signal(self.notes, 128 + int(stopped.sigval))
-        super()._shutdown(death_sig, timeout)
+        super()._shutdown(death_sig, min(timeout, _GRACE_S))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.began = True
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
+            # A frozen rank would never fail, and torch's agent would watch it for ever.
+            self.closed_s = self.closed_s or time.monotonic()
+            if time.monotonic() - self.closed_s > _NOTICE_S:
+                raise UserError(
+                    f"another machine has given up, and the rank(s) on {socket.gethostname()} do not "
+                    "notice: frozen? See that machine's output; the same command goes on from the "
+                    "last checkpoint"
+                )
         if result.is_failed() and self._remaining_restarts > 0:
             most = worker_group.spec.max_restarts
             number = most - self._remaining_restarts + 1

@@ -78,7 +78,7 @@ class Gated(Lively):
             # The first call is the throw-away pass that builds DDP's buckets.
             self.calls = getattr(self, "calls", -1 if dist.is_initialized() else 0) + 1
             size = os.environ["WORLD_SIZE"]
-            if self.calls - 1 == int(os.environ.get(f"GATE_STEP_{size}", "-1")):
+            if self.calls - 1 == int(os.environ.get(f"GATE_STEP_{size}", "-2")):
                 self.wait(Path(os.environ["GATE"]), size)
         return super().forward(x)
 
