@@ -32,8 +32,10 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
     else:
         silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
         store = reach_store(place.endpoint, join_timeout_s, place.one_machine, silence_s)
-    # After a restart under torchrun the agent's store still holds the keys of the attempt before.
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # After a restart torchrun's agent's store still holds the keys of the attempt before. A store of
+    # rank 0's own is new each time; and each agent counts its own failures alone, so that after one
+    # machine's the counts differ.
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
     prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
     ours = dist.PrefixStore(prefix, store)
     if hosts:
