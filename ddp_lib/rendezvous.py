@@ -31,6 +31,9 @@ from ddp_lib.store import host_store, reach_store
 # How often a launcher looks whether another has left a note; how long the host of the store waits,
 # before it leaves, for the others to have read its own.
 _LOOK_S, _LINGER_S = 0.3, 1.5
+# How long an elastic job that has its least number of machines waits for more: those that come later
+# are taken in as well.
+_LAST_CALL_S = 10
 
 
 @dataclass
@@ -74,7 +77,9 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
         C10dRendezvousBackend(store, launch.job),
         *launch.nodes,
         local_addr=number,
-        timeout=RendezvousTimeout(join=timedelta(seconds=join_timeout_s)),
+        timeout=RendezvousTimeout(
+            timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)
+        ),
     )
     notes = Notes(dist.PrefixStore(f"ddp_lib/notes/{launch.job}", store), launch, address)
     if several:
