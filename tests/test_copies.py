@@ -169,8 +169,8 @@ def test_a_machine_without_a_copy_gets_one_at_the_start(machines):
 def test_what_an_earlier_run_left_on_a_machine_does_not_win(machines, unbroken):
     """Disk b has gone further, but in a run that was begun before the one on disk a."""
     machines.run(1, 2)
-    machines.killed(0, 2, die_at=4)
     shutil.rmtree(machines.disks[2])
+    machines.killed(0, 2, die_at=4)
     machines.run(0, 1)
     assert machines.weights(0) == unbroken
     starts = read_events(machines.disks[0]).query("event == 'start' and start == 1")
