@@ -3,7 +3,7 @@
 python benchmarks/faults.py [--only REGEX]     as root, on Linux; some minutes
 
 The machines are network namespaces of this computer, each with a disk folder of its own; the faults
-and the training are those of tests/hosts/faults.py. Writes results/faults.json and the table in the
+and the training are those of tests/hosts/damage.py. Writes results/faults.json and the table in the
 README; with --only, those rows anew.
 """
 
@@ -19,7 +19,7 @@ from report import RESULTS, ROOT, into_readme, save, table
 
 sys.path.insert(0, str(ROOT / "tests" / "hosts"))
 
-from faults import FAULTS, GATE, STEPS_PER_EPOCH, Outcome, make_images, unbroken
+from damage import FAULTS, GATE, STEPS_PER_EPOCH, Outcome, make_images, unbroken
 from machines import Lab, missing
 
 BITS = {True: "yes", False: "no", None: "the number of ranks changed"}
