@@ -56,7 +56,7 @@ def start(launcher: str, machine: Machine, endpoint: str) -> Program:
     if launcher == "torchrun":
         return machine.start(["torchrun", *line, "--rdzv-backend", "c10d", str(PLAIN)])
     data = machine.folder.parents[1]
-    training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 20 --run-dir run"
+    training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 2 --run-dir run"
     return machine.start(["ddp-launch", "train", *line, *training.split()])
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     ]
     what = (
         "Two machines (network namespaces), one rank each, the same flags and environment for both "
-        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training, of 20 "
+        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training, of two "
         f"steps too. Seconds until both machines had ended, the start of Python included; after "
         f"{options.limit_s:g} s what still ran was ended: it hangs."
     )

@@ -100,20 +100,16 @@ def reach_store(
     """
     began = time.monotonic()
     address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
-    left_s = max(1.0, began + join_timeout_s - time.monotonic())
+    left_s = max(2.0, began + join_timeout_s - time.monotonic())
+    # The port has answered, so a store says so at once. The rest is for torch to give up: a thread
+    # that comes back from C++ while the interpreter goes down would abort it.
+    wait = timedelta(seconds=left_s / 2)
     outcome: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
         try:
             outcome.append(
-                dist.TCPStore(
-                    address,
-                    endpoint.port,
-                    None,
-                    False,
-                    timedelta(seconds=left_s),
-                    wait_for_workers=False,
-                )
+                dist.TCPStore(address, endpoint.port, None, False, wait, wait_for_workers=False)
             )
         except (RuntimeError, ValueError) as error:
             outcome.append(error)
@@ -121,7 +117,7 @@ def reach_store(
     thread = threading.Thread(target=connect, name="store", daemon=True)
     with _without_stderr():
         thread.start()
-        thread.join(left_s + 1)  # a thread that is still on its way in C++ would abort the exit
+        thread.join(left_s)
     found = outcome[0] if outcome else TimeoutError("it accepts and is silent")
     if isinstance(found, Exception):
         raise UserError(
