@@ -5,7 +5,8 @@ sudo python benchmarks/network_setups.py [--limit-s 60] [--only WORD]
 The machines are network namespaces of this computer. Both launchers get the same flags and the same
 environment: --nnodes 2 --nproc-per-node 1 --rdzv-endpoint MASTER:29500, on both machines, and nothing
 else is set; torchrun also --rdzv-backend c10d, which ddp-launch always uses. torchrun starts a plain
-DDP script (plain_ddp.py), ddp-launch its own training. What still runs at the limit is ended.
+DDP script (plain_ddp.py), ddp-launch its own training. What still runs at the limit is ended. Writes
+results/network_setups.json and the table in the README.
 """
 
 import argparse
@@ -18,9 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hosts"))
 
 from machines import Lab, Machine, Program, missing
-from report import save, table
+from report import into_readme, save, table
 
 PLAIN = Path(__file__).with_name("plain_ddp.py")
+LAUNCHERS = ("torchrun", "ddp-launch")
 MASTER = "10.77.0.10:29500"
 
 
@@ -110,34 +112,33 @@ def main() -> None:
             str(Path(folder) / "images"), Path(folder) / "data"
         )  # before anything is timed
         for number, (name, settings, change, endpoint) in enumerate(SETUPS):
-            for launcher in ("torchrun", "ddp-launch"):
-                if options.only not in name:
-                    continue
+            if options.only not in name:
+                continue
+            row: dict[str, str | float] = {"network set-up": name}
+            for launcher in LAUNCHERS:
                 place = Path(folder) / f"{number}-{launcher}"
                 with Lab(2, place, **settings) as lab:
                     change(lab.machines)
                     programs = [start(launcher, machine, endpoint) for machine in lab.machines]
                     what, seconds = outcome(programs, options.limit_s)
-                row = {"name": f"{name}: {launcher}", "unit": "s", "runs": [seconds]}
-                rows.append({**row, "outcome": what})
+                row |= {launcher: what, f"{launcher}, s": round(seconds, 1)}
                 print(f"{name}: {launcher}: {what} ({seconds:.1f} s)", flush=True)
-    works = {which: sum(r["outcome"] == "works" for r in rows if r["name"].endswith(which))
-             for which in ("torchrun", "ddp-launch")}  # fmt: skip
-    findings = [
-        f"Of {len(rows) // 2} set-ups torchrun works in {works['torchrun']}, "
-        f"ddp-launch in {works['ddp-launch']}."
-    ]
-    what = (
+            rows.append(row)
+    if options.only:
+        return
+    works = [sum(row[launcher] == "works" for row in rows) for launcher in LAUNCHERS]
+    result = save(
+        "network_setups",
+        "Network set-ups and launchers",
         "Two machines (network namespaces), one rank each, the same flags and environment for both "
         "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training, of two "
-        f"steps too. Seconds until both machines had ended, the start of Python included; after "
-        f"{options.limit_s:g} s what still ran was ended: it hangs."
+        "steps with tests, checkpoints and results. Seconds until both machines had ended, the start of "
+        f"Python included; after {options.limit_s:g} s what still ran was ended: it hangs.",
+        rows,
+        [f"torchrun works in {works[0]} of {len(rows)} set-ups, ddp-launch in {works[1]}."],
     )
-    if options.only:
-        print(table(rows))
-        return
-    result = save("network_setups", "Network set-ups and launchers", what, rows, findings)
-    print(table(result["rows"]))
+    into_readme("network_setups", result)
+    print(table(rows))
 
 
 if __name__ == "__main__":

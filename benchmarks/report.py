@@ -63,15 +63,8 @@ def versions() -> dict[str, str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a row with median, lowest, highest and the number of runs.
 
-    Rows that have an `outcome` (a word or two, and what was said) show it, and their median; rows
-    without `runs` show their fields.
+    Rows without `runs` show their fields.
     """
-    if any("outcome" in row for row in rows):
-        lines = ["| | outcome | seconds |", "| --- | --- | ---: |"]
-        for row in rows:
-            seconds = f"{statistics.median(row['runs']):.3g}"
-            lines.append(f"| {row['name']} | {row['outcome']} | {seconds} |")
-        return "\n".join(lines)
     if "runs" not in rows[0]:
         columns = list(rows[0])
         numeric = [all(isinstance(row[name], (int, float)) for row in rows) for name in columns]

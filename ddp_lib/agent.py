@@ -114,9 +114,11 @@ def _run(
         DefaultLogsSpecs(),
     )
 
-    def stop(text: str) -> None:
-        print(f"ddp-launch: error: {text}", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)  # torch's agent ends its ranks and raises
+    def stop(line: str, status: int) -> None:
+        print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
+        # torch's agent ends its ranks and raises; as there, where a signal was the reason.
+        number = status - 128 if status - 128 in signals_to_heed() else signal.SIGTERM
+        os.kill(os.getpid(), number)
 
     agent.notes = met.notes
     met.notes.watch(stop)

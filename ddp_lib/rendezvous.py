@@ -178,14 +178,14 @@ class Notes:
                     return
                 time.sleep(0.1)
 
-    def watch(self, call: Callable[[str], None]) -> None:
-        """From a thread: `call` with the note of another launcher, once there is one."""
+    def watch(self, call: Callable[[str, int], None]) -> None:
+        """From a thread: `call` with line and status of the note of another launcher, once there is one."""
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
                 self.heard = self.read()
                 if self.heard:
-                    call(self.heard[0])
+                    call(*self.heard)
                     return
 
         if self.fixed:

@@ -38,7 +38,10 @@ def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> di
         config.data_timeout_s,
         log=lambda text: world.say(text, every_node=True),
     )
-    images = {"the training images": len(data.train), "the digest of the data": data.digest[:16]}
+    images = {
+        "the number of training images": len(data.train),
+        "the digest of the data": data.digest[:16],
+    }
     cure = "copy the same data to every machine"
     world.compare("data", images, cure, config.data_timeout_s)
     sampler = TrainSampler(

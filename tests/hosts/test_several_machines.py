@@ -172,13 +172,17 @@ def test_a_difference_is_refused_by_machine_and_field(make_lab, train, tiny, tmp
 
         for number in range(210):
             file = (
-                tmp_path / "images" / ("test" if number < 2 else "train") / "ant" / f"{number}.png"
+                tmp_path
+                / "images"
+                / ("test" if number < 2 else "train")
+                / "ab"[number % 2]
+                / f"{number}.png"
             )
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (number, 0, 0)).save(file)
         other = str(tmp_path / "images")
         programs.append(train(worker, "--data", other, rank=1, master=master.address))
-        named = "the training images is 208 for rank 1 on m1, but 630 for rank 0 on m0"
+        named = "the number of training images is 208 for rank 1 on m1, but 630 for rank 0 on m0"
     else:
         four = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "m0", "MASTER_PORT": "29500"}
         command = ["python", "-c", DIFFERENT_TORCH, *tiny]
