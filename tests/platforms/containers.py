@@ -47,14 +47,14 @@ def run(command: list[str], limit_s: float = _LIMIT_S, **environment: str) -> st
 
 
 def lent() -> list[str]:
-    """Mounts (FROM:TO:ro) of this environment's packages."""
+    """Mounts (FROM:TO) of this environment's packages."""
     if sys.version_info[:2] != _PYTHON:
         return []
     import torch
 
     packages = Path(torch.__file__).parents[1]
     share = Path(sys.prefix) / "share" / "jupyter"
-    return [f"{packages}:{_LENT}:ro", f"{share}:/usr/share/jupyter:ro"]
+    return [f"{packages}:{_LENT}", f"{share}:/usr/share/jupyter"]
 
 
 def write_containers_conf(path: Path) -> None:
@@ -62,7 +62,7 @@ def write_containers_conf(path: Path) -> None:
     path.write_text(
         "[containers]\n"
         'default_ulimits = ["nofile=4096:16384", "nproc=16384:16384"]\n'
-        f"volumes = {json.dumps(lent())}\n"
+        f"volumes = {json.dumps([f'{mount}:ro' for mount in lent()])}\n"
         '[engine]\nruntime = "runc"\n[network]\nnetwork_backend = "netavark"\n'
     )
 
@@ -107,7 +107,9 @@ def build(folder: Path) -> None:
     settings, paths = _pip_settings()
     pip_conf = folder / "pip.conf"
     pip_conf.write_text(settings)
-    mounts = [*lent(), f"{pip_conf}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in paths)]
+    # An overlay: where a pin differs for the image's Python, pip replaces the package for itself.
+    mounts = [f"{mount}:O" for mount in lent()]
+    mounts += [f"{pip_conf}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in paths)]
     volumes = [word for mount in mounts for word in ("--volume", mount)]
     options = "--format docker --isolation chroot --network host --layers --pull-never".split()
     run(["buildah", "bud", *options, *volumes, "--from", BASE, "--tag", IMAGE, "."])

@@ -91,7 +91,7 @@ def pods_of_trainjob(job: Manifest) -> list[Pod]:
             "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
             "PET_NODE_RANK": str(index),
             "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
-            "PET_MASTER_PORT": "29400",
+            "PET_MASTER_PORT": "29500",
         }
         command = _command(trainer, variables)
         found.append(Pod(hostname, [f"{hostname}.{name}"], command, variables))
