@@ -54,6 +54,7 @@ def folder(tmp_path: Path, images_folder: Path) -> Path:
     tmp_path.chmod(0o755)
     (tmp_path / "runs").mkdir()
     shutil.copytree(images_folder, tmp_path / "data" / "pictures")
+    (tmp_path / "data" / "pictures").chmod(0o755)
     for name in ("runs", "data"):
         os.chown(tmp_path / name, OWNER, OWNER)
     return tmp_path
