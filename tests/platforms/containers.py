@@ -58,9 +58,13 @@ def lent() -> list[str]:
 
 
 def write_containers_conf(path: Path) -> None:
-    """podman's settings: runc and these limits also work where the machine is itself a container."""
+    """podman's settings: runc and these limits also work where the machine is itself a container.
+
+    Each container takes one core: those of a test are machines that share this one.
+    """
     path.write_text(
         "[containers]\n"
+        'env = ["OMP_NUM_THREADS=1"]\n'
         'default_ulimits = ["nofile=4096:16384", "nproc=16384:16384"]\n'
         f"volumes = {json.dumps([f'{mount}:ro' for mount in lent()])}\n"
         '[engine]\nruntime = "runc"\n[network]\nnetwork_backend = "netavark"\n'
