@@ -28,6 +28,12 @@ def summary(machine) -> dict:
 REFUSED = "until awk '/^Tcp:/ {n = $15} END {exit !(n > 0)}' /proc/net/snmp; do sleep 0.1; done"
 
 
+def steps_logged(machine) -> dict[str, int]:
+    """Lines of steps in each rank's log that lies on the machine."""
+    logs = sorted((machine.folder / "run").glob("rank*.jsonl"))
+    return {log.stem: log.read_text().count('"loss"') for log in logs}
+
+
 def test_by_four_variables_the_worker_first(make_lab, train):
     master, worker = make_lab(2).machines
     second = train(worker, rank=1, master=master.address)
@@ -39,6 +45,7 @@ def test_by_four_variables_the_worker_first(make_lab, train):
     assert len(set(summary(master)["weights_sha256"])) == 1
     assert (master.folder / "run" / "cifar_net.pth").exists()
     assert not (worker.folder / "run" / "cifar_net.pth").exists()
+    assert steps_logged(master) == {"rank0": 6, "rank1": 6}
 
 
 def test_four_machines_of_two_ranks(make_lab, train):
@@ -48,6 +55,8 @@ def test_four_machines_of_two_ranks(make_lab, train):
     end_well([train(machine, *flags) for machine in reversed(machines)], machines)
     digests = summary(machines[0])["weights_sha256"]
     assert len(digests) == 8 and len(set(digests)) == 1
+    steps = len(range(0, 630 - 207, 208)) * 2  # whole batches of two epochs
+    assert steps_logged(machines[0]) == {f"rank{rank}": steps for rank in range(8)}
 
 
 # Each: machines' names, families, and what their hosts files say; all names are m0 and m1 else.
