@@ -9,6 +9,7 @@ README; with --only, those rows anew.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -53,7 +54,9 @@ def keep(new: dict[str, Any]) -> dict[str, Any]:
         f"the same line was started again. Each fault strikes {GATE % STEPS_PER_EPOCH} steps into an "
         "epoch; the last checkpoint is that of the epoch before. Seconds: from the fault until a step "
         "was done again, or until all had ended. Steps and samples are counted from the logs; the "
-        "final parameters are compared with those of a run that nothing befell.",
+        "final parameters are compared with those of a run that nothing befell. "
+        f"The computer's load average was {os.getloadavg()[1]:.0f}: more than its cores lengthens the "
+        "seconds.",
         rows,
         [
             f"{same} of {len(rows) - other} runs end with the bits of the unbroken run; "

@@ -14,7 +14,7 @@ from ddp_lib.stop import AGENT
 
 # What gloo and NCCL say on the ranks that survive when a peer is gone: a consequence, not a cause.
 PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
-_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
+_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "Application timeout")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """One job in a run's folder at a time, and on each disk one rank that keeps what is stored there."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -62,7 +62,7 @@ def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
         path = folder / _SIGNATURE
         path.write_text(signature)
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(_remove, path)
     except Timeout:
         return False
     except OSError as error:
@@ -71,6 +71,11 @@ def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
             "a folder that this user can write"
         ) from None
     return True
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # a disk that is read-only by now; the next job writes over it
+        path.unlink()
 
 
 def _in_use(folder: Path) -> UserError:

@@ -247,6 +247,7 @@ def test_a_traceback_is_printed_once_and_pointed_to(start):
 CONSEQUENCES = {
     "peer gone": FAILS.format('raise RuntimeError("Connection closed by peer [127.0.0.1]:1")'),
     "timeout": FAILS.format('raise RuntimeError("Timed out waiting 1000ms for recv")'),
+    "link down": FAILS.format('raise RuntimeError("Application timeout caused pair closure")'),
     "later": FAILS.format('raise UserError("another cause, but later")'),
 }
 

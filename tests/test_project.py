@@ -1,6 +1,7 @@
 """The project as a whole: what its files promise each other."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -143,3 +144,14 @@ def test_make_help_lists_every_target():
     listed = {line.split()[1] for line in done.stdout.splitlines()}
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert listed == rules == make_targets()
+
+
+def test_measured_tables_in_the_readme_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from report import RESULTS, body
+
+    readme = (ROOT / "README.md").read_text()
+    marked = re.findall(r"<!-- (\w+): written by benchmarks/\1\.py -->", readme)
+    assert marked
+    for name in marked:
+        assert body(json.loads((RESULTS / f"{name}.json").read_text())) in readme
