@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS / "hosts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hosts"))
 
 from machines import Lab, Machine, Program, missing
 from report import into_readme, save, table
 
+TESTS = Path(__file__).parents[1] / "tests"
 PLAIN = Path(__file__).with_name("plain_ddp.py")
 LAUNCHERS = ("torchrun", "ddp-launch")
 MASTER = "10.77.0.10:29500"
