@@ -149,7 +149,7 @@ class TestImage:
         assert {path.stat().st_uid for path in left.values()} == {OWNER}
 
     def test_a_run_that_would_be_lost_says_so(self, podman, folder):
-        mount = ("-v", f"{folder}/data:/home/app/data", "--user", "0:0")
+        mount = ("-v", f"{folder}/data:/home/app/data", "--user", f"{OWNER}:{OWNER}")
         done = run(*mount, IMAGE, *DATA.split(), "--epochs", "1")
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
@@ -210,7 +210,8 @@ class TestImage:
         [line] = docker_lines("compose")
         assert line.startswith('TRAIN_FLAGS="--data shapes" docker compose ')
         assert line.endswith(" up")
-        line = line.replace("--data shapes", DATA)
+        # One word: podman-compose fills the variable in after it has split the words, Docker before.
+        line = line.replace("--data shapes", DATA.replace(" ", "="))
         line = line.replace("docker compose", f"podman-compose -p ddp{os.getpid()} --in-pod=false")
         base = line.removesuffix(" up")
         try:
