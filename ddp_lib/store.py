@@ -17,8 +17,8 @@ from ddp_lib.network import Endpoint, first_hit, is_here
 from ddp_lib.place import Place
 
 # A rank that torchrun started knows that the master's machine is up: packets that vanish so long
-# are a firewall's doing.
-_SILENCE_S = 8.0
+# are a firewall's doing. Three have been sent by then.
+_SILENCE_S = 5.0
 # How long the host of the store waits, before it leaves with an error, for the others to have read it.
 _LINGER_S = 3.0
 
