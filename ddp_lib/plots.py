@@ -131,7 +131,7 @@ def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
         return
     ended = ended.drop_duplicates("epoch", keep="last")
     epochs, values = [*(ended["epoch"] + 1)], [*ended["test_accuracy"]]
-    axes.plot(epochs, values, "ko-", markersize=5)
+    axes.plot(epochs, values, "ko-", markersize=5, clip_on=False)  # whole at 100 %, on the edge
     for at in range(len(epochs)) if len(epochs) <= 20 else [len(epochs) - 1]:
         axes.annotate(
             f"{values[at]:.1%}",
@@ -141,6 +141,7 @@ def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
         )
     axes.set_xlim(min(epochs) - 0.3, max(epochs) + 0.5)
     axes.margins(y=0.2)
+    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
     _whole_ticks(axes)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 

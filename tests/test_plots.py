@@ -64,6 +64,14 @@ def test_what_the_panels_show(tmp_path):
     assert "600 images/s" in speed.get_title()
 
 
+@pytest.mark.parametrize("epochs", [1, 5, 6])  # 50 %, up to 90 %, up to 100 %
+def test_the_axis_of_accuracy_ends_at_100_percent(tmp_path, epochs):
+    accuracy = draw_run(write_run(tmp_path, epochs=epochs)).axes[1]
+    low, high = accuracy.get_ylim()
+    values = accuracy.get_lines()[0].get_ydata()
+    assert low < min(values) <= max(values) <= high <= 1
+
+
 def test_the_mean_counts_images_not_ranks(tmp_path):
     mean = global_mean(read_run(write_run(tmp_path, ranks=3, steps=range(2))))
     assert mean.to_dict() == pytest.approx({0: 2 + 8 / 6, 1: 2 - 1 / 60 + 8 / 6})
