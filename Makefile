@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 4
+DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 3
 NBVAL := -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180
 
 .DEFAULT_GOAL := help

@@ -49,7 +49,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """auto: bf16 autocast where the processor has it, else fp32. fp64 is for proofs."""
     augment: bool = True
-    """Random crop (padding 4) and horizontal flip of the training images."""
+    """Random crop (padding 2) and horizontal flip of the training images."""
     seed: int = 0
     """Fixes initial weights, order of the images, augmentation and dropout."""
     init_from: str = ""

@@ -565,19 +565,19 @@ def test_batch_is_normalised_and_channels_last(some: Dataset) -> None:
 def test_augmented_batch_equals_one_image_at_a_time(some: Dataset) -> None:
     indices = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     x, _ = make_batch(some.train, indices, some, augment=(11, 4))
-    draws = random_below(162, 11, 4, indices).tolist()
+    draws = random_below(50, 11, 4, indices).tolist()
     seen = set()
     for row, (index, draw) in enumerate(zip(indices.tolist(), draws, strict=True)):
-        top, left, flip = draw % 9, draw // 9 % 9, draw // 81
+        top, left, flip = draw % 5, draw // 5 % 5, draw // 25
         seen.add((top, left, flip))
-        padded = np.zeros((40, 40, 3), dtype=np.uint8)
-        padded[4:36, 4:36] = some.train.images[index]
+        padded = np.zeros((36, 36, 3), dtype=np.uint8)
+        padded[2:34, 2:34] = some.train.images[index]
         crop = padded[top : top + 32, left : left + 32]
         crop = crop[:, ::-1] if flip else crop
         one = Split(torch.from_numpy(crop.copy())[None], torch.zeros(1, dtype=torch.int64))
         expected, _ = make_batch(one, torch.tensor([0]), some)
         assert torch.equal(x[row], expected[0])
-    assert len(seen) > 80
+    assert len(seen) > 45
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -601,7 +601,7 @@ def chi_squared(counts: np.ndarray) -> float:
     return abs(value - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("limit", [2, 9, 162])
+@pytest.mark.parametrize("limit", [2, 9, 50])
 def test_augmentation_is_uniform_and_independent(limit: int) -> None:
     indices = torch.arange(50_000)
     draws = {
@@ -624,11 +624,11 @@ def test_augmentation_is_uniform_and_independent(limit: int) -> None:
 
 
 def test_padding_is_black_before_normalisation(some: Dataset) -> None:
-    white = torch.full((162, 32, 32, 3), 255, dtype=torch.uint8)
-    crops = data.crop_and_flip(white, torch.arange(162))
-    for draw in range(162):
-        top, left = draw % 9, draw // 9 % 9
-        inside = (32 - abs(top - 4)) * (32 - abs(left - 4))
+    white = torch.full((50, 32, 32, 3), 255, dtype=torch.uint8)
+    crops = data.crop_and_flip(white, torch.arange(50))
+    for draw in range(50):
+        top, left = draw % 5, draw // 5 % 5
+        inside = (32 - abs(top - 2)) * (32 - abs(left - 2))
         assert (crops[draw] == 255).sum() == 3 * inside
         assert (crops[draw] == 0).sum() == 3 * (32 * 32 - inside)
 
