@@ -186,7 +186,7 @@ def _meet(
         except PortTaken:
             if part.rank is not None:
                 raise
-            hosts = False
+            hosts = mine["hosts"] = False  # another check on this computer is the master
     if server is None:
         server = reach_store(part.endpoint, _left(came), False)
     store = dist.PrefixStore("ddp_lib/check", server)
