@@ -46,6 +46,7 @@ def _frames(summary: traceback.StackSummary) -> list[Frame]:
 def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
     """The body of a rank. Sends ("done", pickled result), ("failed", Failure) and, when asked while
     it runs, ("stands", frames)."""
+    gc.freeze()  # what the fork server had imported is not this rank's garbage: collecting skips it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process decides
     _print_to(output)
     os.environ.clear()
