@@ -208,7 +208,7 @@ def raise_what_was_told(store: dist.Store) -> None:
 def tell_all(store: dist.Store, error: UserError, hosts: bool) -> None:
     """Before this rank leaves with `error`: all that wait at the store get to know it.
 
-    hosts: the store ends with this process, which waits for the others that came (`come`).
+    hosts: the store ends with this process, which waits for the others that came.
     """
     try:
         store.compare_set("told", "", str(error))

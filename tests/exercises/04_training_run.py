@@ -1,6 +1,7 @@
 """Plausible wrong answers to the exercises of 04_training_run."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -13,12 +14,12 @@ def wrong_1_b(images, global_batch):
     return images / global_batch
 
 
-def wrong_2_a(world, correct, images):
-    return world.sum(torch.tensor([correct / images])).item() / world.world_size  # mean of means
+def wrong_2_a(config):
+    return replace(config, epochs=1)  # epochs counts all of them
 
 
-def wrong_2_b(world, correct, images):
-    return world.sum(torch.tensor([correct])).item() / images
+def wrong_2_b(config):
+    return replace(config, epochs=config.epochs + 1, resume="never")  # starts anew
 
 
 def wrong_3_a(table):

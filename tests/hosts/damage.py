@@ -192,7 +192,7 @@ def rank_killed(lab: Lab, images: Path, whole: bytes) -> Outcome:
     return training.outcome("the ranks start again, and go on", whole)
 
 
-@fault("a machine dies and returns, `--nnodes 1:2`")
+@fault("a machine dies and returns, `--nnodes 1:2 --max-restarts 3`")
 def machine_returns(lab: Lab, images: Path, whole: bytes) -> Outcome:
     one, two = lab.machines[:2]
     training = Training(lab, images, "--max-restarts", "3", nnodes="1:2")
