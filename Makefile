@@ -81,6 +81,7 @@ bench-full: $(INSTALLED) ## all of them, with more runs: DATA=folder of images, 
 	$(BIN)/python benchmarks/scaling.py --full --steps 20
 	$(BIN)/python benchmarks/memory.py --data "$(DATA)"
 	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
+	$(BIN)/python benchmarks/gpu.py --data "$(DATA)"
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python benchmarks/network_setups.py; fi  # makes machines
 	$(BIN)/python benchmarks/report.py
 

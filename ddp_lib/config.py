@@ -50,6 +50,8 @@ class TrainConfig:
     """auto: bf16 autocast where the processor has it, else fp32. fp64 is for proofs."""
     augment: bool = True
     """Random crop (padding 2) and horizontal flip of the training images."""
+    compile: bool = False
+    """torch.compile the model: minutes at the start, then faster steps on most GPUs."""
     seed: int = 0
     """Fixes initial weights, order of the images, augmentation and dropout."""
     init_from: str = ""

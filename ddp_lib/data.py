@@ -1,8 +1,8 @@
 """Data sets as uint8 tensors, shared by a machine's ranks; batches made and augmented whole."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     digest: str
+
+    def near(self, device: torch.device) -> "Dataset":
+        """The same, and on a GPU with room for it the images in its memory: batches are made there."""
+        if device.type != "cuda":
+            return self
+        parts = (self.train, self.test)
+        if 4 * sum(part.images.nbytes for part in parts) > torch.cuda.mem_get_info(device)[0]:
+            return self
+        train, test = (Split(part.images.to(device), part.labels.to(device)) for part in parts)
+        return replace(self, train=train, test=test)
 
 
 def load_dataset(
@@ -127,20 +137,28 @@ def make_batch(
     every second image, on average. A sample's crop and flip are a function of (seed, epoch, its
     index) alone: the same on any rank, in any batch and after a restart.
     """
-    indices = indices.to(split.images.device)
+    # Without non_blocking a copy to a GPU would wait until all that is queued there is done.
+    indices = indices.to(split.images.device, non_blocking=True)
     pixels = split.images.index_select(0, indices)
     if augment is not None:
         pixels = crop_and_flip(pixels, random_below(2 * _POSITIONS**2, *augment, indices))
     # uint8 crosses to the device: a quarter of the bytes that floats would be.
     pixels = pixels.to(device, non_blocking=True)
     labels = split.labels.index_select(0, indices).to(device, non_blocking=True)
-    # (p / 255 - mean) / std as one scale and shift a channel, written out for a whole image of
-    # 32 * 32 pixels, so that the processor sees long rows and not rows of three.
-    mean, std = torch.tensor(dataset.mean, dtype=dtype), torch.tensor(dataset.std, dtype=dtype)
-    scale = (1 / (255 * std)).repeat(SIDE * SIDE).to(device)
-    shift = (-mean / std).repeat(SIDE * SIDE).to(device)
+    scale, shift = _scale_and_shift(dataset.mean, dataset.std, dtype, torch.device(device))
     x = torch.addcmul(shift, pixels.flatten(1).to(dtype), scale)
     return x.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2), labels
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p / 255 - mean) / std as one scale and shift a channel, written out for a whole image of
+    32 * 32 pixels, so that the processor sees long rows and not rows of three."""
+    means, stds = torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)
+    scale, shift = (1 / (255 * stds)).repeat(SIDE * SIDE), (-means / stds).repeat(SIDE * SIDE)
+    return scale.to(device), shift.to(device)
 
 
 def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:

@@ -6,3 +6,9 @@ class UserError(Exception):
 
     Entry points print that line without a traceback and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, short enough for a line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +13,9 @@ from typing import Any
 
 import cloudpickle
 
+from ddp_lib.errors import UserError
 from ddp_lib.rank_error import RankError, died, failed, is_consequence, stuck
+from ddp_lib.rank_process import host_store, run
 
 # After one rank has failed: how long the others may take to say what they saw.
 _GRACE_S = 1.0
@@ -43,19 +45,19 @@ def _no_main_module() -> Iterator[None]:
 class Ranks:
     """The processes of one launch."""
 
-    def __init__(
-        self, nproc: int, work: bytes, port: int, folder: Path, files: dict[str, str]
-    ) -> None:
-        from ddp_lib.rank_process import run
-
+    def __init__(self, nproc: int, work: bytes, folder: Path, files: dict[str, str]) -> None:
         here = context()
         self.files = files
         self.processes: list[Any] = []
         self.connections: list[Connection] = []
         self.outputs = [_Output(rank, folder / f"rank{rank}.txt") for rank in range(nproc)]
         self.answers: dict[int, Any] = {}
+        self.store, theirs = here.Pipe()
+        self.host = here.Process(target=host_store, args=(theirs,))
         try:
             with _no_main_module():
+                self.host.start()
+                theirs.close()
                 for rank in range(nproc):
                     ours, theirs = here.Pipe(duplex=True)
                     process = here.Process(
@@ -63,7 +65,7 @@ class Ranks:
                         args=(
                             theirs,
                             work,
-                            _environment(rank, nproc, port),
+                            _environment(rank, nproc),
                             os.getcwd(),
                             str(self.outputs[rank].path),
                         ),
@@ -79,6 +81,7 @@ class Ranks:
     def results(self, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         failures: dict[int, RankError] = {}
+        self._hand_out_port(timeout_s)
         while len(self.answers) < len(self.processes):
             self._receive(0.05)
             self._show()
@@ -98,6 +101,21 @@ class Ranks:
             raise error
         self._show(to_the_end=True)
         return [cloudpickle.loads(self.answers[rank][1]) for rank in range(len(self.processes))]
+
+    def _hand_out_port(self, limit_s: float) -> None:
+        """Tells the ranks where their store is."""
+        if not self.store.poll(limit_s):
+            raise stuck(dict.fromkeys(range(len(self.processes))), limit_s, self.files)
+        try:
+            port = self.store.recv()
+        except EOFError:
+            raise UserError(
+                "the process that was to host the ranks' store has ended: start fewer ranks, if "
+                "memory is short"
+            ) from None
+        for connection in self.connections:
+            with suppress(BrokenPipeError):  # that rank has died, which its end says
+                connection.send(port)
 
     def _receive(self, limit_s: float) -> None:
         """Takes what ranks have sent, waiting up to `limit_s` for the first of it."""
@@ -156,24 +174,22 @@ class Ranks:
         """Ends whatever still runs, with the processes it started."""
         import psutil
 
-        for process in self.processes:
-            if process.pid is None:
-                continue
-            try:
-                family = psutil.Process(process.pid).children(recursive=True)
-            except psutil.NoSuchProcess:
-                family = []
+        started = [process for process in self.processes if process.pid is not None]
+        family = []
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                family += psutil.Process(process.pid).children(recursive=True)
             if process.is_alive() and self.processes.index(process) not in self.answers:
                 process.kill()
+        self.store.close()  # which ends its host
+        for process in [*started, self.host] if self.host.pid is not None else started:
             process.join(5.0)
             if process.is_alive():  # it has answered, but does not end
                 process.kill()
                 process.join(5.0)
-            for child in family:
-                try:
-                    child.kill()
-                except psutil.NoSuchProcess:
-                    continue
+        for child in family:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         for connection in self.connections:
             connection.close()
 
@@ -214,8 +230,8 @@ class _Output:
         return lines[-1].strip() if lines else ""
 
 
-def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """The caller's environment, and what torchrun would add to it."""
+def _environment(rank: int, nproc: int) -> dict[str, str]:
+    """The caller's environment, and what torchrun would add to it, but for MASTER_PORT."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -224,7 +240,6 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(nproc),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": "run_ranks",

@@ -2,11 +2,9 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ def start_server() -> None:
     from multiprocessing.forkserver import ensure_running
 
     # DDP imports torch._dynamo when it wraps its first model: seconds, here once and not in each rank.
-    here.set_forkserver_preload(["ddp_lib.rank_process", "torch._dynamo"])
+    here.set_forkserver_preload(["ddp_lib.rank_process", "torch", "torch._dynamo"])
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads must not be forked
     try:
@@ -60,34 +58,12 @@ def run_ranks(
             f"({error}): make such objects inside the function"
         ) from None
     start_server()
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _store() as port:
-        ranks = Ranks(nproc, work, port, Path(folder), source_files(fn))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks = Ranks(nproc, work, Path(folder), source_files(fn))
         try:
             return ranks.results(timeout_s)
         finally:
             ranks.end()
-
-
-@contextmanager
-def _store() -> Iterator[int]:
-    """The port of a store that this process hosts, as torchrun's agent does: no port is picked that
-    another program could take before rank 0 has opened it."""
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    store = dist.TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=60),
-        wait_for_workers=False,
-        master_listen_fd=server.detach(),
-    )
-    yield port
-    del store
 
 
 def _in_a_notebook() -> bool:

@@ -1,23 +1,24 @@
-"""The inside of a rank that `run_ranks` starts: runs the cell's function and sends back what it gave.
+"""The inside of the processes that `run_ranks` starts: the ranks, and the host of their store.
 
-The fork server imports this module, and with it torch, once; each rank is forked from there.
+They are forked from a server that has imported torch. The notebook's process imports this module too,
+to name these functions, and does not wait for torch.
 """
 
 import gc
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import cloudpickle
-import torch
-import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,47 @@ def _frames(summary: traceback.StackSummary) -> list[Frame]:
     return [Frame(f.filename, f.lineno or 0, f.name) for f in summary]
 
 
+def host_store(connection: Connection) -> None:
+    """Hosts the ranks' store, as torchrun's agent does, and sends its port; until the other end of
+    `connection` closes. So no port is picked that another program could take before rank 0 opens it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch.distributed as dist
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
+    connection.send(port)
+    connection.poll(None)
+    del store
+
+
 def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
-    """The body of a rank. Sends ("done", pickled result), ("failed", Failure) and, when asked while
-    it runs, ("stands", frames)."""
-    gc.freeze()  # what the fork server had imported is not this rank's garbage: collecting skips it
+    """The body of a rank. Is sent the port of the store; sends ("done", pickled result), ("failed",
+    Failure) and, when asked while it runs, ("stands", frames)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process decides
     _print_to(output)
     os.environ.clear()
     os.environ.update(env)
-    dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     os.chdir(folder)
+    import torch
+    import torch.distributed as dist
+
+    gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over
+    dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     if "OMP_NUM_THREADS" in env:
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    try:
+        os.environ["MASTER_PORT"] = str(connection.recv())
+    except EOFError:
+        return  # the notebook's process is gone
     sending = threading.Lock()
 
     def listen() -> None:

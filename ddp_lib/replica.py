@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lib.errors import UserError
 from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
@@ -39,49 +37,16 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     )
 
 
-def warm_buckets(net: nn.Module, x: torch.Tensor) -> None:
-    """A throw-away forward and backward, before the state is loaded.
+def warm_up(net: nn.Module, x: torch.Tensor) -> None:
+    """A throw-away forward and backward, before the state is loaded; a compiled model is compiled.
 
     DDP rebuilds its buckets after the first backward, in the order in which gradients came. On 3 and
     more ranks another place in a bucket sums in another order: without this, a resumed run's second
     step would not have the bits of the unbroken run's.
     """
-    if isinstance(net, DistributedDataParallel):
-        net.train()
-        net(x).sum().backward()
-        net.zero_grad(set_to_none=True)
-
-
-class StepFlags:
-    """What every rank must know of every other at each step: a loss that is not finite, a signal, and
-    whether rank 0 finds that it is time for a checkpoint.
-
-    Sent while backward runs, so it costs next to nothing.
-    """
-
-    def __init__(self, loss: float, signal: int, save: bool, world: World) -> None:
-        bad_rank = 0 if math.isfinite(loss) else world.rank + 1
-        save = save and world.is_main
-        self._flags = torch.tensor([bad_rank, signal, save], device=world.device)
-        self._work = None
-        if world.world_size > 1:
-            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
-
-    def heed(self, epoch: int, step: int) -> tuple[int, bool]:
-        """The highest signal number any rank has had (0: none), and whether to save a checkpoint:
-        the same on every rank.
-
-        UserError, on every rank, where any rank's loss is not finite.
-        """
-        if self._work is not None:
-            self._work.wait()
-        bad_rank, signal, save = self._flags.tolist()
-        if bad_rank:
-            raise UserError(
-                f"the loss of rank {bad_rank - 1} is not finite at step {step} (epoch {epoch + 1}): "
-                "lower --lr, or look for bad values in the data; the last checkpoint stands"
-            )
-        return int(signal), bool(save)
+    net.train()
+    net(x).sum().backward()
+    net.zero_grad(set_to_none=True)
 
 
 def share_buffers(model: nn.Module, world: World) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, first_line
 from ddp_lib.master import listen, wait_for_master
 from ddp_lib.network import Endpoint, first_hit, is_here
 from ddp_lib.place import Place
@@ -218,7 +218,3 @@ def tell_all(store: dist.Store, error: UserError, hosts: bool) -> None:
             first_hit(lambda: store.add("left", 0) >= store.add("came", 0), deadline)
     except RuntimeError:
         return  # the store is gone already
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -12,6 +12,7 @@ from ddp_lib import checkpoint
 from ddp_lib.config import TrainConfig
 from ddp_lib.console import Console
 from ddp_lib.data import Dataset, make_batch
+from ddp_lib.errors import UserError, first_line
 from ddp_lib.evaluation import Evaluation, evaluate
 from ddp_lib.meeting import versions
 from ddp_lib.model import build_model
@@ -22,17 +23,11 @@ from ddp_lib.optim import (
     pick_precision,
     set_learning_rate,
 )
-from ddp_lib.replica import (
-    StepFlags,
-    copy_state,
-    share_buffers,
-    warm_buckets,
-    weights_sha256,
-    wrap,
-)
+from ddp_lib.replica import copy_state, share_buffers, warm_up, weights_sha256, wrap
 from ddp_lib.runfolder import Run, write_results
 from ddp_lib.runlog import RunLog
 from ddp_lib.sampler import TrainSampler
+from ddp_lib.steps import Step, StepResult, Steps
 from ddp_lib.stop import StopSignal
 from ddp_lib.world import World
 
@@ -49,7 +44,8 @@ class Trainer:
         run: Run,
         stop: StopSignal,
     ) -> None:
-        self.config, self.world, self.data, self.sampler = config, world, data, sampler
+        self.config, self.world, self.sampler = config, world, sampler
+        self.data = data.near(world.device)
         self.job, self.folder, self.stop = run, run.folder, stop
         self.step = 0
         self.total_steps = config.epochs * len(sampler)
@@ -62,10 +58,14 @@ class Trainer:
         if config.init_from:
             checkpoint.load_weights(config.init_from, self.model)
         self.model.to(world.device, self.dtype).to(memory_format=torch.channels_last)
+        if config.compile:
+            self.model.compile()
         self.optimizer = make_optimizer(config, self.model)
         self.net = wrap(self.model, world)
         self.console = Console(world, config.epochs, len(sampler))
         self.log = RunLog(run.folder, world.rank)
+        per_epoch, batch = len(sampler), config.global_batch_size
+        self.steps = Steps(self.log, self.console, world, per_epoch, batch)
         self.saved_s = time.monotonic()
 
     def restore(self, state: dict[str, Any] | None) -> None:
@@ -73,7 +73,16 @@ class Trainer:
         weights = copy_state(self.model) if state is None else state["model"]
         share = self.config.share(self.world.world_size)
         x, _ = self.batch(torch.arange(share))
-        warm_buckets(self.net, x)
+        try:
+            with autocast(self.precision, self.world.device):
+                warm_up(self.net, x)
+        except RuntimeError as error:
+            if not self.config.compile:
+                raise
+            raise UserError(
+                f"--compile True: the model cannot be compiled here ({first_line(error)}): install "
+                "a C++ compiler, or leave the flag out"
+            ) from error
         self.model.load_state_dict(weights)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -138,48 +147,39 @@ class Trainer:
         self.model.train()
         self.sampler.set_epoch(epoch, start_step=self.step - epoch * len(self.sampler))
         augment = (config.seed, epoch) if config.augment else None
-        loss_sum = samples = 0.0
-        epoch_began = step_began = time.perf_counter()
+        self.steps.begin_epoch()
+        began = time.perf_counter()
         for indices in self.sampler:
             lr = learning_rate(config, self.step, self.total_steps)
             set_learning_rate(self.optimizer, lr)
             # Dropout's generator, if any: a function of the step, so resuming needs no state.
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 1_000_003 + world.rank)
             x, y = self.batch(indices, augment)
-            got_data = time.perf_counter()
-            loss, flags = self.forward_backward(x, y)
-            signal, save = flags.heed(epoch, self.step)
+            data_s = time.perf_counter() - self.steps.settled_s
+            result = self.forward_backward(x, y)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            done = time.perf_counter()
-            self.log.write(
-                epoch=epoch,
-                step=self.step,
-                samples=len(indices),
-                loss=loss,
-                lr=lr,
-                data_s=got_data - step_began,
-                compute_s=done - got_data,
-                step_s=done - step_began,
-                time=time.time(),
-            )
-            speed = config.global_batch_size / (done - step_began)
-            self.console.step(epoch, self.step - epoch * len(self.sampler), loss, speed)
-            step_began = done
+            step = Step(epoch, self.step, len(indices), lr, data_s, result)
             self.step += 1
-            loss_sum, samples = loss_sum + loss * len(indices), samples + len(indices)
-            if signal:
-                self.leave_early(signal)
-            if save:
-                self.save()
-        seconds = time.perf_counter() - epoch_began
-        totals = torch.tensor([loss_sum, samples], dtype=torch.float64, device=world.device)
-        loss_sum, samples = world.sum(totals).tolist()
+            self.heed(*self.steps.add(step))
+        self.heed(*self.steps.settle())
+        seconds = time.perf_counter() - began
+        totals = torch.tensor([self.steps.loss_sum, self.steps.samples], dtype=torch.float64)
+        loss_sum, samples = world.sum(totals.to(world.device)).tolist()
         return loss_sum / samples, samples / seconds
 
-    def forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, StepFlags]:
-        """Gradients of this rank's share, averaged over the ranks; returns the share's mean loss."""
-        parts, loss = self.config.accumulate, 0.0
+    def heed(self, signal: int, save: bool) -> None:
+        """Saves, or leaves, on the same step on every rank, and never with a loss that is not finite."""
+        if signal or save:
+            signal = max(signal, self.steps.settle()[0])
+        if signal:
+            self.leave_early(signal)
+        if save:
+            self.save()
+
+    def forward_backward(self, x: torch.Tensor, y: torch.Tensor) -> StepResult:
+        """Gradients of this rank's share, averaged over the ranks; its loss is that share's mean."""
+        parts, losses = self.config.accumulate, []
         for number in range(parts):
             last = number == parts - 1
             # Gradients add up here and are sent once: no_sync must hold forward and backward.
@@ -191,12 +191,13 @@ class Trainer:
                 part_loss = F.cross_entropy(
                     logits, y.chunk(parts)[number], label_smoothing=self.config.label_smoothing
                 )
-                loss += part_loss.item() / parts
+                losses.append(part_loss.detach())
                 if last:
                     due = time.monotonic() - self.saved_s > self.config.checkpoint_every_s
-                    flags = StepFlags(loss, self.stop.requested, due, self.world)
+                    loss = torch.stack(losses).mean(dtype=torch.float64)
+                    result = StepResult(loss, self.stop.requested, due, self.world)
                 (part_loss / parts).backward()
-        return loss, flags
+        return result
 
     def leave_early(self, signal: int) -> None:
         """All ranks stop at the same step; SystemExit(128 + signal)."""

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib.devices import choose_backend, pick_device, thread_budget
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, first_line
 from ddp_lib.meeting import compare, meet
 from ddp_lib.network import name_interface
 from ddp_lib.place import read_place
-from ddp_lib.store import exchange, first_line, open_store, share, tell_all
+from ddp_lib.store import exchange, open_store, share, tell_all
 
 Log = Callable[[str], None]
 

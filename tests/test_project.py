@@ -23,7 +23,7 @@ ORDER = """
     agent rendezvous rank
     notebook local_ranks rehearsal rank_error rank_process
     train trainer plots
-    runfolder keeper found logcopy console evaluation replica optim checkpoint runlog
+    steps runfolder keeper found logcopy console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
     failure command stop
     model config scaling

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddp_lib import RankError, TrainConfig, read_run, run_ranks
+from ddp_lib import RankError, TrainConfig, checkpoint, read_run, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -30,10 +33,16 @@ def config(folder, images, cache, **changes) -> TrainConfig:
     return TrainConfig(**(settings | changes))
 
 
-def train(settings: TrainConfig, die_at: int = -1, lose_optimizer: bool = False) -> dict:
-    """One rank's training; it kills itself in the middle of step `die_at`."""
+def train(
+    settings: TrainConfig, die_at: int = -1, lose_optimizer: bool = False, behind: int = 0
+) -> dict:
+    """One rank's training; it kills itself in the middle of step `die_at`. behind: how many steps
+    the host reads behind the device, which is 1 on a GPU."""
     from ddp_lib import World, fit
+    from ddp_lib.steps import Steps
     from ddp_lib.train import Trainer
+
+    Steps.behind = behind
 
     real_step, real_restore = Trainer.forward_backward, Trainer.restore
 
@@ -148,12 +157,16 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
         torch.testing.assert_close(value, ends[3][name], rtol=0, atol=1e-9)
 
 
-def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache):
-    for name in ("a", "b"):
+@pytest.mark.parametrize("behind", [0, 1])
+def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, behind):
+    """Also where the second reads its losses a step behind, as on a GPU."""
+    for name, how in (("a", 0), ("b", behind)):
         settings = config(tmp_path / name, images_folder, shared_cache, model="models:Lively")
-        run_ranks(train, 2, settings, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, False, how, timeout_s=LIMIT_S)
     first, second = ((tmp_path / n / "cifar_net.pth").read_bytes() for n in ("a", "b"))
     assert first == second
+    same = ["rank", "epoch", "step", "samples", "loss", "lr"]
+    assert read_run(tmp_path / "a")[same].equals(read_run(tmp_path / "b")[same])
 
 
 STEPS = 3 * 6  # three steps an epoch, six epochs
@@ -194,10 +207,12 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
     assert lost != unbroken  # the control: the optimizer's state matters, and the test sees it
 
 
-def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, shared_cache):
-    """With a checkpoint at every step, a resumed run starts in the middle of an epoch."""
+@pytest.mark.parametrize("behind", [0, 1])
+def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, shared_cache, behind):
+    """With a checkpoint at every step (or every second, where the host reads a step behind), a
+    resumed run starts in the middle of an epoch."""
     results = {}
-    for name, die_at in (("whole", -1), ("killed", 4)):
+    for name, die_at in (("whole", -1), ("killed", 5)):
         settings = config(
             tmp_path / name,
             images_folder,
@@ -207,19 +222,58 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
         )
         if die_at >= 0:
             with pytest.raises(RankError, match="SIGKILL"):
-                run_ranks(train, 2, settings, die_at, timeout_s=LIMIT_S)
-        run_ranks(train, 2, settings, timeout_s=LIMIT_S)
+                run_ranks(train, 2, settings, die_at, False, behind, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
         results[name] = (tmp_path / name / "cifar_net.pth").read_bytes()
     log = read_run(tmp_path / "killed", superseded=True)
-    assert log[log["start"] == 1]["step"].min() == 4
+    assert log[log["start"] == 1]["step"].min() == 5
     assert results["whole"] == results["killed"]
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shared_cache):
-    settings = config(tmp_path, images_folder, shared_cache, model="models:Explodes")
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shared_cache, behind):
+    """Before the next checkpoint, so that the last one stands."""
+    changes = {"model": "models:Explodes", "checkpoint_every_s": 1e-9}
+    settings = config(tmp_path, images_folder, shared_cache, **changes)
     with pytest.raises(RankError, match="loss of rank 1 is not finite at step 2"):
-        run_ranks(train, 2, settings, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
     assert not (tmp_path / "cifar_net.pth").exists()
+    kept = checkpoint.find(tmp_path, print)
+    assert kept is not None and checkpoint.from_bytes(kept)["step"] == 2
+
+
+@pytest.mark.parametrize("compiler", ["", "no-such-compiler"])
+def test_a_compiled_model_trains_alike_or_says_what_is_missing(
+    tmp_path, images_folder, shared_cache, compiler
+):
+    flags = f"--data {images_folder} --data-dir {shared_cache} --model models:Plain --epochs 1"
+    flags += " --global-batch-size 210 --precision fp64"
+    environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    if compiler:
+        environ["CXX"] = compiler
+    elif not shutil.which("g++"):
+        pytest.skip("no C++ compiler here: apt install g++")
+    ends = []
+    for compiled in ("False", "True"):
+        command = [sys.executable, "-m", "ddp_lib.train", *flags.split(), "--compile", compiled]
+        command += ["--run-dir", str(tmp_path / compiled)]
+        done = subprocess.run(
+            command,
+            env=environ,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        if compiler and compiled == "True":
+            (line,) = done.stderr.splitlines()
+            assert "--compile True" in line and "install a C++ compiler" in line
+            assert done.returncode == 2
+            return
+        assert done.returncode == 0, done.stderr
+        ends.append(torch.load(tmp_path / compiled / "cifar_net.pth", weights_only=True))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=0, atol=1e-9)
 
 
 def test_finished_then_more_epochs(tmp_path, images_folder, shared_cache):

@@ -1,0 +1,118 @@
+"""Training on GPUs, a rank on each: images/s, its share of the limit, and the time to 94 %.
+
+python benchmarks/gpu.py --data FOLDER [--epochs 24] [--rounds 3]
+
+FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. The model is ResNet9, 512
+images a step over all GPUs, bf16 where the GPU has it. A round trains once without --compile and once
+with it, and measures the limit: forward, backward and step on one constant batch on every GPU at once,
+without communication, data or log. Images/s are those of the second epoch and later. On a machine
+without a GPU it says so, and writes nothing.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from report import save, table
+from resnet9 import ResNet9
+
+HERE = Path(__file__).parent
+GLOBAL_BATCH, LEVEL = 512, 0.94
+LIMIT_S = 3600
+
+
+def train(options: argparse.Namespace, gpus: int, compiled: bool) -> tuple[float, float | None]:
+    """Images/s, and seconds of training until LEVEL was reached (None: it was not)."""
+    from ddp_lib import read_events, read_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "ddp_lib.launch", "train", "--model", "resnet9:ResNet9"]
+        command += ["--data", str(Path(options.data).resolve()), "--run-dir", folder]
+        command += ["--nproc-per-node", str(gpus), "--global-batch-size", str(GLOBAL_BATCH)]
+        command += ["--epochs", str(options.epochs), "--lr", "0.4", "--weight-decay", "5e-4"]
+        command += ["--label-smoothing", "0.1", "--compile", str(compiled)]
+        command += ["--timeout-s", "600"]  # compiling takes long
+        subprocess.run(command, cwd=HERE, check=True, timeout=LIMIT_S, stdout=subprocess.DEVNULL)
+        log, events = read_run(folder), read_events(folder)
+    log = log[log["rank"] == 0]
+    later = log[log["epoch"] > 0]
+    speed = GLOBAL_BATCH * len(later) / later["step_s"].sum()
+    trained = log.groupby("epoch")["step_s"].sum().cumsum()
+    accuracy = events[events["event"] == "epoch"]["test_accuracy"]
+    reached = [s for s, a in zip(trained, accuracy, strict=True) if a >= LEVEL]
+    return speed, reached[0] if reached else None
+
+
+def limit(gpus: int, steps: int = 100) -> float:
+    """Images/s of all GPUs on a constant batch."""
+    replicas = []
+    for gpu in range(gpus):
+        device = torch.device("cuda", gpu)
+        model = ResNet9().to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+        x = torch.randn(GLOBAL_BATCH // gpus, 3, 32, 32, device=device)
+        y = torch.randint(0, 10, (len(x),), device=device)
+        replicas.append((model, optimizer, x.to(memory_format=torch.channels_last), y))
+    began = 0.0
+    for step in range(10 + steps):
+        if step == 10:  # the first steps choose the convolutions' algorithms
+            for gpu in range(gpus):
+                torch.cuda.synchronize(gpu)
+            began = time.perf_counter()
+        for model, optimizer, x, y in replicas:
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(x)
+            torch.nn.functional.cross_entropy(logits.float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for gpu in range(gpus):
+        torch.cuda.synchronize(gpu)
+    return GLOBAL_BATCH * steps / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", required=True, help="folder of images")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        print("No GPU here: nothing measured, and no table of it in RESULTS.md.")
+        return
+    if not Path(options.data, "train").is_dir():
+        parser.error(f"--data {options.data!r} holds no folder train/: name a folder of images")
+    runs: dict[str, list[float]] = defaultdict(list)
+    reached: dict[str, list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        for compiled, name in ((False, "ddp-launch train"), (True, "the same, --compile True")):
+            speed, seconds = train(options, gpus, compiled)
+            runs[name].append(speed)
+            if seconds is not None:
+                reached[name].append(seconds)
+        runs["limit: constant batch, not compiled"].append(limit(gpus))
+    rows = [{"name": n, "unit": "images/s", "runs": numbers} for n, numbers in runs.items()]
+    for name, seconds in reached.items():
+        of = f"(reached in {len(seconds)} of {options.rounds})"
+        rows.append({"name": f"{name}: time to {LEVEL:.0%} {of}", "unit": "s", "runs": seconds})
+    median = {name: sorted(numbers)[len(numbers) // 2] for name, numbers in runs.items()}
+    share = median["ddp-launch train"] / median["limit: constant batch, not compiled"]
+    cards = f"{gpus} x {torch.cuda.get_device_name(0)}"
+    result = save(
+        "gpu",
+        "Training on GPUs",
+        f"ResNet9 on {cards}, {GLOBAL_BATCH} images a step, {options.epochs} epochs.",
+        rows,
+        [f"Training reaches {share:.2f} of the limit (medians)."],
+    )
+    print(table(result["rows"]))
+    print(*result["findings"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()
