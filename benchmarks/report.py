@@ -1,6 +1,6 @@
 """What every benchmark writes, and the page made of it.
 
-python benchmarks/report.py      writes benchmarks/RESULTS.md from benchmarks/results/*.json
+python benchmarks/report.py      writes benchmarks/RESULTS.md from results/*.json and tried.md
 
 A result file holds: title, what (a sentence: what was measured, and how), rows (each with name,
 unit and runs, all the single measurements; or, with other fields, a table of those), findings
@@ -118,7 +118,8 @@ def main() -> None:
         "# Measurements\n\nMade by `make bench` and `make bench-full`, on the machine named under "
         "each table. All single runs are in `benchmarks/results/`."
     )
-    page = "\n\n".join([intro, *map(section, found)]) + "\n"
+    tried = (HERE / "tried.md").read_text().rstrip()
+    page = "\n\n".join([intro, *map(section, found), tried]) + "\n"
     (HERE / "RESULTS.md").write_text(page)
     print(f"{HERE / 'RESULTS.md'}: {len(found)} result(s)")
 
