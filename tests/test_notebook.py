@@ -226,7 +226,8 @@ def test_a_ddp_model_left_in_the_function_does_not_abort_at_exit():
 
 
 PROGRAM = """
-import faulthandler, os, sys, time
+import faulthandler, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 faulthandler.dump_traceback_later(50)  # where it stands, should it not end
 from ddp_lib import run_ranks
 
