@@ -126,7 +126,8 @@ def test_two_ranks_with_one_number():
     texts = [outcome(process)[1] for process in started]
     # Two masters: the second finds the port taken. Two workers: the second finds the number taken.
     assert sum("MASTER_PORT=" in t and "cannot be opened" in t for t in texts[:2]) == 1
-    assert sum("RANK=1 is taken" in t for t in texts[2:]) == 1
+    # Where it comes before the first has met rank 0, both get to know it.
+    assert any("RANK=1 is taken" in t for t in texts[2:])
 
 
 @pytest.mark.ranks
