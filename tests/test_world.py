@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from ddp_lib.devices import choose_backend, thread_budget
 from ddp_lib.errors import UserError
+from ddp_lib.network import first_hit
 from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
@@ -119,15 +121,33 @@ def test_a_rank_is_missing():
 
 
 @pytest.mark.ranks
-def test_two_ranks_with_one_number():
+def test_two_masters():
+    """The second comes while the first waits for rank 1, and finds the port taken."""
     port = free_port()
-    started = [start(8, **four(rank, port)) for rank in (0, 0)]
-    started += [start(8, **four(1, port)) for _ in range(2)]
-    texts = [outcome(process)[1] for process in started]
-    # Two masters: the second finds the port taken. Two workers: the second finds the number taken.
-    assert sum("MASTER_PORT=" in t and "cannot be opened" in t for t in texts[:2]) == 1
-    # Where it comes before the first has met rank 0, both get to know it.
-    assert any("RANK=1 is taken" in t for t in texts[2:])
+    first = start(LIMIT_S, **four(0, port))
+    try:
+        assert first_hit(lambda: listens(port), time.monotonic() + LIMIT_S)
+        code, text = outcome(start(**four(0, port)))
+        assert code == 2 and f"MASTER_PORT={port} cannot be opened" in text
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.ranks
+def test_two_ranks_with_one_number():
+    """All end, for a third is missing; and the second, at least, finds its number taken."""
+    port = free_port()
+    started = [start(LIMIT_S, **four(rank, port, 3)) for rank in (0, 1, 1)]
+    codes, texts = zip(*map(outcome, started), strict=True)
+    assert codes == (2, 2, 2)
+    assert any("RANK=1 is taken" in text for text in texts[1:])
 
 
 @pytest.mark.ranks
