@@ -82,7 +82,8 @@ bench-full: $(INSTALLED) ## all of them, with more runs: DATA=folder of images, 
 	$(BIN)/python benchmarks/memory.py --data "$(DATA)"
 	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
 	$(BIN)/python benchmarks/gpu.py --data "$(DATA)"
-	if [ "$$(id -u)" = 0 ]; then $(BIN)/python benchmarks/network_setups.py; fi  # makes machines
+	if [ "$$(id -u)" = 0 ]; then \
+	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py; fi  # they make machines
 	$(BIN)/python benchmarks/report.py
 
 lock: $(INSTALLED) ## write requirements.txt anew from pyproject.toml, newest versions

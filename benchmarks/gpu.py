@@ -10,6 +10,7 @@ without a GPU it says so, and writes nothing.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def main() -> None:
     for name, seconds in reached.items():
         of = f"(reached in {len(seconds)} of {options.rounds})"
         rows.append({"name": f"{name}: time to {LEVEL:.0%} {of}", "unit": "s", "runs": seconds})
-    median = {name: sorted(numbers)[len(numbers) // 2] for name, numbers in runs.items()}
+    median = {name: statistics.median(numbers) for name, numbers in runs.items()}
     share = median["ddp-launch train"] / median["limit: constant batch, not compiled"]
     cards = f"{gpus} x {torch.cuda.get_device_name(0)}"
     result = save(

@@ -114,7 +114,7 @@ class Ranks:
                 "memory is short"
             ) from None
         for connection in self.connections:
-            with suppress(BrokenPipeError):  # that rank has died, which its end says
+            with suppress(OSError):  # that rank has died, which its end says
                 connection.send(port)
 
     def _receive(self, limit_s: float) -> None:
