@@ -42,13 +42,15 @@ class Agent(LocalElasticAgent):
     closed_s: float | None = None
 
     def _shutdown(
-        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _GRACE_S
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None
     ) -> None:
         """Ends the ranks; at a signal, the other machines get to know it first."""
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):
             _tell_of_signal(self.notes, 128 + int(stopped.sigval))
-        super()._shutdown(death_sig, min(timeout, _GRACE_S))
+        if self._pcontext:  # here, since torch before 2.14 takes no timeout
+            self._pcontext.close(death_sig, _GRACE_S)
+        super()._shutdown(death_sig)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.began = True

@@ -5,6 +5,7 @@ idle until the next step is queued, so there the host reads one step behind.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,10 @@ class Step:
     result: StepResult
 
 
+# The speed that is shown is the mean of so many steps: the host may read several at once.
+_SHOWN_STEPS = 10
+
+
 class Steps:
     """The steps of an epoch: the last `behind` may still be under way, all others are logged."""
 
@@ -75,6 +80,7 @@ class Steps:
         if world.device.type == "cuda":
             self.behind = 1
         self.under_way: list[Step] = []
+        self.recent_s: deque[float] = deque(maxlen=_SHOWN_STEPS)
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -124,5 +130,6 @@ class Steps:
             step_s=step_s,
             time=time.time(),
         )
-        speed = self.global_batch_size / step_s
+        self.recent_s.append(step_s)
+        speed = self.global_batch_size * len(self.recent_s) / sum(self.recent_s)
         self.console.step(step.epoch, step.number % self.per_epoch, loss, speed)
