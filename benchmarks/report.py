@@ -77,9 +77,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         runs, unit = row["runs"], row["unit"]
-        numbers = [f"{f(runs):.3g} {unit}" for f in (statistics.median, min, max)]
+        numbers = [f"{digits(f(runs))} {unit}" for f in (statistics.median, min, max)]
         lines.append(f"| {row['name']} | {' | '.join(numbers)} | {len(runs)} |")
     return "\n".join(lines)
+
+
+def digits(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def section(result: dict[str, Any]) -> str:

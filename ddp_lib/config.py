@@ -51,7 +51,7 @@ class TrainConfig:
     augment: bool = True
     """Random crop (padding 2) and horizontal flip of the training images."""
     compile: bool = False
-    """torch.compile the model: minutes at the start, then faster steps on most GPUs."""
+    """torch.compile the model: a minute at the start; compare the images/s, it does not always pay."""
     seed: int = 0
     """Fixes initial weights, order of the images, augmentation and dropout."""
     init_from: str = ""
@@ -125,8 +125,9 @@ class TrainConfig:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Fields, as `name: earlier -> now`, that make this another run than the earlier one."""
+        earlier = TrainConfig().as_dict() | earlier  # a field that is newer had its default
         return [
-            f"{name}: {earlier.get(name)!r} -> {value!r}"
+            f"{name}: {earlier[name]!r} -> {value!r}"
             for name, value in self.as_dict().items()
-            if name not in _FREE_TO_DIFFER and earlier.get(name) != value
+            if name not in _FREE_TO_DIFFER and earlier[name] != value
         ]

@@ -38,6 +38,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
+        fused=all(p.is_cuda for p in trained) or None,  # one kernel for all parameters
     )
 
 

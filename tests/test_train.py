@@ -323,6 +323,13 @@ def test_refused_with_one_line_and_nothing_lost(
     assert {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()} == kept
 
 
+def test_a_run_from_before_a_flag_existed_had_its_default():
+    earlier = TrainConfig().as_dict()
+    del earlier["compile"]
+    assert TrainConfig().differences(earlier) == []
+    assert TrainConfig(compile=True).differences(earlier) == ["compile: False -> True"]
+
+
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, images_folder, shared_cache):
     from filelock import FileLock
 
