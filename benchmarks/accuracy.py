@@ -81,14 +81,15 @@ def main() -> None:
             if times:
                 label = f"{name}: time to {level:.0%} (reached by {len(times)} of {len(all_seeds)})"
                 rows.append({"name": label, "unit": "s", "runs": times})
-    findings = []
+    main = []
     for level in LEVELS:
         pair = [[seconds_to(level, curve) for curve in both] for both in curves.values()]
         if all(None not in times for times in pair):
             ratio = statistics.median(pair[0]) / statistics.median(pair[1])  # type: ignore[type-var]
-            findings.append(f"Time to {level:.0%}: {ratio:.2f} of the conventional loop's.")
+            main.append(f"time to {level:.0%} is {ratio:.2f} of the conventional loop's")
     mean = [statistics.mean(curve[-1][1] for curve in both) for both in curves.values()]
-    findings.append(f"Final accuracy, mean of seeds: {mean[0]:.2%} beside {mean[1]:.2%}.")
+    main.append(f"final accuracy, mean of seeds, {mean[0]:.2%} beside {mean[1]:.2%}")
+    findings = ["; ".join(main) + "."]
     for name, all_seeds in curves.items():
         by_epoch = ", ".join(
             f"{statistics.median(curve[epoch][1] for curve in all_seeds):.1%}"

@@ -149,13 +149,14 @@ def main() -> None:
 
     medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
     later, first = medians["later `run_ranks`"], medians[f"first {list(WAYS)[1]}"]
-    findings = [
-        f"A later launch takes {later / medians[torch_name]:.3f} of the time of importing torch, the "
-        f"first after ddp_lib was imported {first / medians[torch_name]:.3f} (medians)."
-    ]
+    main = (
+        f"later launches take {later / medians[torch_name]:.3f} of the time of importing torch, the "
+        f"first after ddp_lib was imported {first / medians[torch_name]:.3f}"
+    )
     others = medians.get(f"later {list(WAYS)[2]}")
     if others:
-        findings.append(f"A later launch takes {later / others:.2f} of accelerate's (medians).")
+        main += f"; later ones {later / others:.2f} of accelerate's"
+    findings = [f"{main} (medians)."]
     result = save(
         "launch",
         "Starting ranks from a notebook",

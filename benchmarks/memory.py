@@ -109,7 +109,8 @@ def main() -> None:
             label = f"{name}, {ranks} rank{'s' if ranks > 1 else ''}, all together"
             rows.append({"name": label, "unit": "MiB", "runs": [value]})
     growth = {n: (v[-1] - v[0]) / (RANKS[-1] - RANKS[0]) for n, v in sums.items()}
-    findings = [f"{name}: {value:.0f} MiB more for each rank." for name, value in growth.items()]
+    each = [f"{value:.0f} MiB more for each rank of {name}" for name, value in growth.items()]
+    findings = [", ".join(each) + "."]
     findings.append(
         f"The images take {size:.0f} MiB on disk; mapped by `ddp-launch train`: "
         + ", ".join(f"{m:.0f} MiB by {r} rank(s)" for r, m in zip(RANKS, mapped, strict=True))

@@ -2,9 +2,11 @@
 
 python benchmarks/report.py      writes benchmarks/RESULTS.md from results/*.json and tried.md
 
+It writes the first finding of each into the README too, but for those that stand there as a table.
+
 A result file holds: title, what (a sentence: what was measured, and how), rows (each with name,
 unit and runs, all the single measurements; or, with other fields, a table of those), findings
-(sentences with the numbers that matter), machine, versions, date.
+(sentences with the numbers that matter, the main ones in the first), machine, versions, date.
 """
 
 import json
@@ -19,6 +21,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
+IN_TABLES = ("network_setups", "faults")  # whole in the README
 
 
 def save(
@@ -106,25 +109,40 @@ def source(result: dict[str, Any]) -> str:
 
 def into_readme(name: str, result: dict[str, Any]) -> None:
     """Puts the result's text, table and source between the README's marks for `name`."""
+    between_marks(name, f"{body(result)}\n\nMeasured on {source(result)}")
+
+
+def between_marks(name: str, text: str) -> None:
     readme = ROOT / "README.md"
     begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- {name}: end -->"
     before, _, rest = readme.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"README.md lacks {begin} ... {end}")
-    text = f"{begin}\n{body(result)}\n\nMeasured on {source(result)}\n{end}"
-    readme.write_text(before + text + after)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def main_figures(found: dict[str, dict[str, Any]]) -> str:
+    """A line a result, by name, with its machine and date."""
+    lines = []
+    for name, result in found.items():
+        if name not in IN_TABLES:
+            where = result["machine"]
+            on = f"{where['cpu']}, {where['cores']} cores; torch {result['versions']['torch']}"
+            lines.append(f"- {result['title']}: {result['findings'][0]} ({on}; {result['date']})")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     intro = (
         "# Measurements\n\nMade by `make bench` and `make bench-full`, on the machine named under "
         "each table. All single runs are in `benchmarks/results/`."
     )
     tried = (HERE / "tried.md").read_text().rstrip()
-    page = "\n\n".join([intro, *map(section, found), tried]) + "\n"
+    page = "\n\n".join([intro, *map(section, found.values()), tried]) + "\n"
     (HERE / "RESULTS.md").write_text(page)
+    between_marks("report", main_figures(found))
     print(f"{HERE / 'RESULTS.md'}: {len(found)} result(s)")
 
 

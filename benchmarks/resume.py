@@ -104,9 +104,8 @@ def main() -> None:
     ]
     findings = [
         f"A killed worker costs {statistics.median(waited):.1f} s and the steps after the last "
-        "checkpoint.",
-        f"The run log costs {log_share:.3f} % of a step, a checkpoint {statistics.median(share):.2f} % "
-        "of an epoch of 10,000 images.",
+        f"checkpoint; the run log costs {log_share:.3f} % of a step, a checkpoint "
+        f"{statistics.median(share):.2f} % of an epoch of 10,000 images."
     ]
     what = "Two ranks on the built-in images; one of them is killed in the second epoch."
     result = save("resume", "A killed worker, checkpoints, the log", what, rows, findings)

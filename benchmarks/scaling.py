@@ -102,15 +102,17 @@ def main() -> None:
             f"error {errors[-1]:+.0f} %."
         )
     sizes = [abs(error) for error in errors]
-    findings.append(
-        f"The prediction's error: {statistics.median(sizes):.0f} % in the median cell, "
+    main = (
+        f"the prediction is {statistics.median(sizes):.0f} % off in the median cell, "
         f"{max(sizes):.0f} % in the worst, of {len(sizes)}."
     )
     by_name = {name: statistics.median(found["step_s"]) for name, _, _, found in cells}
     for name in [name for name in by_name if name.endswith("20 Mbit/s")]:
-        for hook in ("fp16", "PowerSGD"):
-            ratio = by_name[name] / by_name[f"{name}, {hook}"]
-            findings.append(f"{name}: {hook} makes a step {ratio:.2f} times as fast.")
+        ratios = [by_name[name] / by_name[f"{name}, {hook}"] for hook in ("fp16", "PowerSGD")]
+        main += (
+            f" {name}: fp16 makes a step {ratios[0]:.2f}, PowerSGD {ratios[1]:.1f} times as fast."
+        )
+    findings.insert(0, main)
     if lacks:
         findings.append(f"No machines: {lacks}.")
     sent = cells[0][3]["gradient_bytes"]

@@ -28,7 +28,7 @@ RANKS, GLOBAL_BATCH, FIRST = 2, 128, 10
 LIMIT_S = 600
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTENDERS = {
-    "conventional loop": ("conventional.py", None),
+    "the conventional loop": ("conventional.py", None),
     "accelerate": ("with_accelerate.py", "accelerate"),
     "Lightning": ("with_lightning.py", "lightning"),
 }
@@ -194,8 +194,11 @@ def main() -> None:
         parts = where_time_goes(options.steps, data_dir)
     median = {name: statistics.median(values) for name, values in runs.items()}
     mine = median["ddp-launch train"]
-    findings = [f"`ddp-launch train` reaches {mine / median['limit']:.2f} of the limit."]
-    findings += [f"It is {mine / median[name]:.2f} times as fast as the {name}." for name in sides]
+    times = [f"{mine / median[name]:.2f} times as many as {name}" for name in sides]
+    findings = [
+        f"`ddp-launch train` trains {mine:,.0f} images/s, {', '.join(times)}, and "
+        f"{mine / median['limit']:.2f} of the limit."
+    ]
     findings += [f"{name}: not installed, left out." for name in CONTENDERS if name not in sides]
     findings += [
         f"The limit's best is {best[0]} in {best[1]}; the conventional loop's best number of "
