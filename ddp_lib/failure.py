@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -36,6 +37,12 @@ def as_exit_status(prog: str = "ddp-launch") -> Iterator[Outcome]:
         _tell(prog, str(error), secondary=False)
     except KeyboardInterrupt:
         outcome.status = 130
+    except BrokenPipeError:
+        # What read the output (`| head`) has ended: nothing more can be said there, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        outcome.status = 128 + signal.SIGPIPE
+        if AGENT in os.environ:  # the agent must say why a rank has left
+            _tell(prog, "nothing reads the output any more: send it to a file", secondary=False)
     except SystemExit as leaving:
         outcome.status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
     except Exception as error:

@@ -540,6 +540,35 @@ def test_help_is_quick(args, shown):
 
 
 @pytest.mark.ranks
+def test_output_that_nobody_reads(start, started, tmp_path):
+    """As with `| head`: no traceback, and from the ranks a reason."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "ddp_lib.launch", "plot", "--help"]
+    process = subprocess.Popen(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    started.append(process)
+    os.close(write_end)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, err) == (128 + signal.SIGPIPE, "")
+
+    lines = """
+with as_exit_status() as outcome:
+    print("ready", flush=True)
+    wait_for("go")
+    print("more", flush=True)
+sys.exit(outcome.status)
+"""
+    process = start(lines)
+    while process.stdout.readline() != "ready\n":
+        assert process.poll() is None
+    process.stdout.close()
+    (tmp_path / "go").touch()
+    err = process.stderr.read().splitlines()
+    assert process.wait(LIMIT_S) == 128 + signal.SIGPIPE
+    assert len(err) == 1 and "nothing reads the output any more" in err[0]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("endpoint", "named"),
     [("no-such-host.invalid:29500", "does not resolve"), ("{taken}", "another program")],
