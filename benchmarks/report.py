@@ -86,7 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def digits(number: float) -> str:
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def section(result: dict[str, Any]) -> str:
