@@ -88,7 +88,7 @@ def main() -> None:
             ratio = statistics.median(pair[0]) / statistics.median(pair[1])  # type: ignore[type-var]
             main.append(f"time to {level:.0%} is {ratio:.2f} of the conventional loop's")
     mean = [statistics.mean(curve[-1][1] for curve in both) for both in curves.values()]
-    main.append(f"final accuracy, mean of seeds, {mean[0]:.2%} beside {mean[1]:.2%}")
+    main.append(f"final accuracy, mean of {options.seeds}, {mean[0]:.2%} beside {mean[1]:.2%}")
     findings = ["; ".join(main) + "."]
     for name, all_seeds in curves.items():
         by_epoch = ", ".join(

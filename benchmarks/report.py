@@ -123,12 +123,14 @@ def between_marks(name: str, text: str) -> None:
 
 
 def main_figures(found: dict[str, dict[str, Any]]) -> str:
-    """A line a result, by name, with its machine and date."""
+    """A line a result, by name, with the number of runs of its rows, its machine and date."""
     lines = []
     for name, result in found.items():
         if name not in IN_TABLES:
             where = result["machine"]
-            on = f"{where['cpu']}, {where['cores']} cores; torch {result['versions']['torch']}"
+            counts = sorted({len(row["runs"]) for row in result["rows"]})
+            runs = f"runs: {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "")
+            on = f"{where['cpu']}, {where['cores']} cores; torch {result['versions']['torch']}; {runs}"
             lines.append(f"- {result['title']}: {result['findings'][0]} ({on}; {result['date']})")
     return "\n".join(lines)
 
