@@ -12,6 +12,7 @@ unit and runs, all the single measurements; or, with other fields, a table of th
 import json
 import os
 import platform
+import re
 import statistics
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -131,7 +132,9 @@ def main_figures(found: dict[str, dict[str, Any]]) -> str:
             counts = sorted({len(row["runs"]) for row in result["rows"]})
             runs = f"runs: {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "")
             on = f"{where['cpu']}, {where['cores']} cores; torch {result['versions']['torch']}; {runs}"
-            lines.append(f"- {result['title']}: {result['findings'][0]} ({on}; {result['date']})")
+            there = re.sub(r"[^a-z0-9 ]", "", result["title"].lower()).replace(" ", "-")
+            title = f"[{result['title']}](benchmarks/RESULTS.md#{there})"
+            lines.append(f"- {title}: {result['findings'][0]} ({on}; {result['date']})")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ class Agent(LocalElasticAgent):
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):
             _tell_of_signal(self.notes, 128 + int(stopped.sigval))
-        if self._pcontext:  # here, since torch before 2.14 takes no timeout
+        if self._pcontext:  # here, since _shutdown of torch 2.11 takes no timeout
             self._pcontext.close(death_sig, _GRACE_S)
         super()._shutdown(death_sig)
 

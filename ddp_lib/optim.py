@@ -38,7 +38,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
-        fused=True,  # one pass over a parameter, its gradient and its momentum; the same bits
+        fused=True,  # one pass over a parameter, its gradient and its momentum
     )
 
 
