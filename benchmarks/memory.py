@@ -4,7 +4,8 @@ python benchmarks/memory.py [--steps 12] [--data shapes]
 
 Proportional set size (a page that n processes share counts 1/n for each), looked up every 0.2 s in
 /proc while the ranks train; the peak of the sum over the ranks, and of it the part that is the
-mapped images. Linux only.
+mapped images. ddp-launch's ranks are forks of a process that has imported torch, which is counted with
+them. Linux only.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def main() -> None:
         for ranks in RANKS:
             command = [sys.executable, "-m", "ddp_lib.launch", "train", *given, "--epochs", "1"]
             command += ["--nproc-per-node", str(ranks), "--run-dir", f"{folder}/run{ranks}"]
-            peak, images = watch(command, "ddp_lib.rank", folder)
+            peak, images = watch(command, "multiprocessing.forkserver", folder)
             sums["ddp-launch train"].append(peak)
             mapped.append(images)
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

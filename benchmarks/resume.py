@@ -42,7 +42,7 @@ def kill_one_rank(folder: Path) -> dict[str, float]:
     ranks = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if "ddp_lib.rank" in child.cmdline()
+        if child.name().startswith("ddp-rank")
     ]
     killed = time.time()
     os.kill(ranks[-1].pid, signal.SIGKILL)

@@ -6,7 +6,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import (
@@ -16,11 +18,16 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import (
+    DefaultLogsSpecs,
+    MultiprocessContext,
+    SignalException,
+)
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.errors import UserError
+from ddp_lib.forkserver import context, no_main_module
 from ddp_lib.network import join_host
 from ddp_lib.options import Launch
 from ddp_lib.rendezvous import Notes, Rendezvous, open_rendezvous
@@ -52,9 +59,16 @@ class Agent(LocalElasticAgent):
             self._pcontext.close(death_sig, _GRACE_S)
         super()._shutdown(death_sig)
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with no_main_module():
+            ids: dict[int, Any] = super()._start_workers(worker_group)
+        return ids
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.began = True
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():  # of ranks that are functions, torch's agent names the first it saw
+            self._add_others(worker_group, result)
         if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
             # A frozen rank would never fail, and torch's agent would watch it for ever.
             self.closed_s = self.closed_s or time.monotonic()
@@ -75,9 +89,26 @@ class Agent(LocalElasticAgent):
             )
         return result
 
+    def _add_others(self, worker_group: WorkerGroup, result: RunResult) -> None:
+        """Adds every other rank here that did not end well; all have ended by now."""
+        ranks = self._pcontext
+        assert isinstance(ranks, MultiprocessContext) and ranks._pc
+        for worker, process in zip(worker_group.workers, ranks._pc.processes, strict=True):
+            if process.exitcode and worker.global_rank not in result.failures:
+                file = ranks.error_files[worker.local_rank]
+                result.failures[worker.global_rank] = ProcessFailure(
+                    worker.local_rank, process.pid, process.exitcode, file
+                )
 
-def run_agent(command: list[str], nproc: int, launch: Launch, join_timeout_s: float) -> int:
-    """Runs `command` as `nproc` ranks here, together with the other machines of `launch`.
+
+def run_agent(
+    rank: Callable[..., None],
+    flags: list[str],
+    nproc: int,
+    launch: Launch,
+    join_timeout_s: float,
+) -> int:
+    """Runs `rank(*flags)` as `nproc` ranks here, together with the other machines of `launch`.
 
     Returns 0, 128 + n where signal n stopped the agent, or the exit status of the rank that failed
     first, after a line that says why. UserError where the machines do not meet.
@@ -90,7 +121,7 @@ def run_agent(command: list[str], nproc: int, launch: Launch, join_timeout_s: fl
     try:
         met = open_rendezvous(launch, join_timeout_s)
         try:
-            return _run(command, nproc, launch, met, join_timeout_s)
+            return _run(rank, flags, nproc, launch, met, join_timeout_s)
         finally:
             if met.hosts:
                 met.notes.wait_until_read()
@@ -101,19 +132,25 @@ def run_agent(command: list[str], nproc: int, launch: Launch, join_timeout_s: fl
 
 
 def _run(
-    command: list[str], nproc: int, launch: Launch, met: Rendezvous, join_timeout_s: float
+    rank: Callable[..., None],
+    flags: list[str],
+    nproc: int,
+    launch: Launch,
+    met: Rendezvous,
+    join_timeout_s: float,
 ) -> int:
     agent = Agent(
         WorkerSpec(
             role="rank",
             local_world_size=nproc,
-            entrypoint=command[0],
-            args=tuple(command[1:]),
+            entrypoint=rank,
+            args=tuple(flags),
             rdzv_handler=met.handler,
             max_restarts=launch.max_restarts,
             master_addr=met.master,
         ),
         DefaultLogsSpecs(),
+        start_method=context().get_start_method(),
     )
 
     def stop(line: str, status: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from ddp_lib.command import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
 from ddp_lib.failure import as_exit_status
+from ddp_lib.forkserver import start_server
 from ddp_lib.network import join_host
 from ddp_lib.options import (
     CheckOptions,
@@ -105,8 +107,9 @@ def train(args: list[str]) -> int:
         return rank_main(theirs)
     if given.launch.dry_run:
         return dry_run(given.launch, given.training.join_timeout_s, theirs)
-    command = [sys.executable, "-u", "-m", "ddp_lib.rank", *theirs]
-    return start_agent(given.launch, given.training.join_timeout_s, command)
+    from ddp_lib.rank import main as rank
+
+    return start_agent(given.launch, given.training.join_timeout_s, rank, theirs)
 
 
 def dry_run(options: LaunchOptions, join_timeout_s: float, training: list[str]) -> int:
@@ -145,8 +148,10 @@ def _placed_from_outside() -> bool:
     )
 
 
-def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str]) -> int:
-    """Runs `command` as this machine's ranks; returns 0, or the status of the first that failed."""
+def start_agent(
+    options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], flags: list[str]
+) -> int:
+    """Runs `rank(*flags)` as this machine's ranks; returns 0, or the status of the first that failed."""
     launch = read_launch(options)
     with StopSignal(_LIMIT_S, _end_now, impatient=True):
         nproc = count_ranks(launch.nproc)
@@ -163,11 +168,15 @@ def start_agent(options: LaunchOptions, join_timeout_s: float, command: list[str
             f"OMP_NUM_THREADS={threads} a rank",
             flush=True,
         )
-        from ddp_lib.agent import run_agent
-
-        os.environ[AGENT] = str(os.getpid())  # for the ranks
+        os.environ[AGENT] = str(os.getpid())
         try:
-            return run_agent(command, nproc, launch, join_timeout_s)
+            # Passed on to multiprocessing's resource tracker: where all is ended at once it tidies up,
+            # and need not say so.
+            sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+            start_server()  # it imports torch while the agent does
+            from ddp_lib.agent import run_agent
+
+            return run_agent(rank, flags, nproc, launch, join_timeout_s)
         finally:
             del os.environ[AGENT]
 

@@ -1,45 +1,21 @@
 """The processes of one run_ranks: started, listened to, shown, and ended."""
 
-import multiprocessing
 import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from ddp_lib.errors import UserError
+from ddp_lib.forkserver import context, no_main_module
 from ddp_lib.rank_error import RankError, died, failed, is_consequence, stuck
 from ddp_lib.rank_process import host_store, run
 
 # After one rank has failed: how long the others may take to say what they saw.
 _GRACE_S = 1.0
-
-
-def context() -> Any:
-    """Fork server where there is one: ranks are forked from a process that has imported torch but
-    never computed, so a launch costs a tenth of a second and no thread is lost in the fork. Spawn
-    elsewhere, and on macOS, whose frameworks do not survive a fork."""
-    methods = multiprocessing.get_all_start_methods()
-    forkserver = "forkserver" in methods and sys.platform != "darwin"
-    return multiprocessing.get_context("forkserver" if forkserver else "spawn")
-
-
-@contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Keeps multiprocessing from running the caller's script again in each rank: cloudpickle sends
-    functions of `__main__` whole."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 class Ranks:
@@ -55,7 +31,7 @@ class Ranks:
         self.store, theirs = here.Pipe()
         self.host = here.Process(target=host_store, args=(theirs,))
         try:
-            with _no_main_module():
+            with no_main_module():
                 self.host.start()
                 theirs.close()
                 for rank in range(nproc):

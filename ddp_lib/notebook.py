@@ -1,7 +1,6 @@
 """run_ranks: a function of a notebook's cell on several ranks, and what each of them returned."""
 
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,27 +10,9 @@ from typing import Any
 import cloudpickle
 
 from ddp_lib.errors import UserError
-from ddp_lib.local_ranks import Ranks, context
+from ddp_lib.forkserver import start_server
+from ddp_lib.local_ranks import Ranks
 from ddp_lib.rank_error import source_files
-
-
-def start_server() -> None:
-    """Starts the fork server, if it does not run yet; returns before it has imported torch."""
-    here = context()
-    if here.get_start_method() != "forkserver":
-        return
-    from multiprocessing.forkserver import ensure_running
-
-    # DDP imports torch._dynamo when it wraps its first model: seconds, here once and not in each rank.
-    here.set_forkserver_preload(["ddp_lib.rank_process", "torch", "torch._dynamo"])
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads must not be forked
-    try:
-        ensure_running()
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def run_ranks(

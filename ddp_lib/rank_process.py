@@ -20,6 +20,8 @@ from typing import Any
 
 import cloudpickle
 
+from ddp_lib.forkserver import take_thread_budget
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -74,13 +76,11 @@ def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, o
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
-    import torch
     import torch.distributed as dist
 
     gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
-    if "OMP_NUM_THREADS" in env:
-        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    take_thread_budget()
     try:
         os.environ["MASTER_PORT"] = str(connection.recv())
     except EOFError:

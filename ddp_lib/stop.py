@@ -109,28 +109,18 @@ def signals_to_heed() -> list[signal.Signals]:
 
 
 def end_all_below() -> None:
-    """Ends every process that this one started, and theirs, at once."""
+    """Ends every process that this one started, and theirs, at once.
+
+    All but multiprocessing's resource tracker, which ends after this one, and tidies up.
+    """
     import psutil
 
     for process in psutil.Process().children(recursive=True):
         try:
-            process.kill()
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                process.kill()
         except psutil.NoSuchProcess:
             continue
 
 
-AGENT = "DDP_LIB_AGENT"  # process number of the ddp-launch that started this rank
-
-
-def leave_with_agent() -> None:
-    """Makes this rank stop as by SIGTERM when the ddp-launch that started it is gone (killed)."""
-    agent = os.environ.get(AGENT)
-    if agent is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == int(agent):
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="agent", daemon=True).start()
+AGENT = "DDP_LIB_AGENT"  # in the environment of ranks that a ddp-launch has started

@@ -15,7 +15,7 @@ from ddp_lib.failure import as_exit_status
 from ddp_lib.optim import pick_precision
 from ddp_lib.runfolder import open_run, warn_of_loss
 from ddp_lib.sampler import TrainSampler
-from ddp_lib.stop import StopSignal, leave_with_agent
+from ddp_lib.stop import StopSignal
 from ddp_lib.trainer import Trainer
 from ddp_lib.world import World
 
@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done; 2: refused, with one line; 128 + n: stopped by signal n, after a checkpoint.
     """
-    leave_with_agent()
     with as_exit_status() as outcome, StopSignal() as stop:
         config = parse(TrainConfig, argv, "ddp_lib.train")
         with World.join(

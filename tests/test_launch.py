@@ -27,10 +27,11 @@ AGENT = """
 import sys
 from ddp_lib import launch
 from ddp_lib.failure import as_exit_status
+from tests.rank_script import run
 launch._LIMIT_S = float(sys.argv[1])
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
 with as_exit_status() as outcome:
-    outcome.status = launch.start_agent(flags, 20.0, [sys.executable, "-u", sys.argv[2]])
+    outcome.status = launch.start_agent(flags, 20.0, run, [sys.argv[2]])
 sys.exit(outcome.status)
 """
 # What every worker below starts with: `note` leaves a file, `wait_for` waits for another's.
@@ -39,7 +40,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from ddp_lib.errors import UserError
 from ddp_lib.failure import as_exit_status
-from ddp_lib.stop import StopSignal, leave_with_agent
+from ddp_lib.stop import StopSignal
 here, rank = Path(__file__).parent, int(os.environ["RANK"])
 def note(name, text=""):
     (here / "new").mkdir(exist_ok=True)
@@ -163,6 +164,23 @@ def test_each_rank_gets_its_place_and_its_share_of_the_cores(start, tmp_path):
         assert 1 <= int(env["MASTER_PORT"]) <= 65535
         # The ranks' store is their own: the agent's would still hold a dead attempt's keys.
         assert env["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+
+
+@pytest.mark.ranks
+def test_a_rank_is_a_fork_that_may_use_gpus_and_has_its_own_name_and_threads(start, tmp_path):
+    """CUDA refuses forks of a process that has asked for GPUs, be it only their number."""
+    lines = """
+import psutil, torch
+me = psutil.Process()
+said = [torch.cuda._is_in_bad_fork(), me.name(), torch.get_num_threads(), me.ppid()]
+note("is", json.dumps(said))
+"""
+    status, _, err = end(start(lines, "--nproc-per-node", "2"))
+    assert (status, err) == (0, [])
+    first, second = (json.loads((tmp_path / f"is{rank}").read_text()) for rank in range(2))
+    cores = max(1, launch.usable_cores() // 2)
+    assert first[:3] == [False, "ddp-rank0", cores] and second[:3] == [False, "ddp-rank1", cores]
+    assert first[3] == second[3]
 
 
 @pytest.mark.ranks
@@ -356,7 +374,7 @@ def test_a_signal_before_the_machines_have_met(started, number):
 
 @pytest.mark.ranks
 def test_no_rank_outlives_a_killed_agent(start, tmp_path):
-    process = start("leave_with_agent()\n" + LEAVES, "--nproc-per-node=2")
+    process = start(LEAVES, "--nproc-per-node=2")
     both = ranks(tmp_path)
     process.kill()
     assert all_gone(both)
@@ -628,8 +646,8 @@ def test_who_starts_the_rank(environment, flags, expected, monkeypatch):
         calls.append(("rank", argv))
         return 0
 
-    def agent(options: object, join_timeout_s: float, command: list[str]) -> int:
-        calls.append(("agent", command[4:]))
+    def agent(options: object, join_timeout_s: float, rank: object, flags: list[str]) -> int:
+        calls.append(("agent", flags))
         return 0
 
     monkeypatch.setattr(ddp_lib.train, "main", rank)
@@ -653,6 +671,7 @@ def test_plot_prints_what_it_wrote(monkeypatch, capsys):
 
 @pytest.mark.ranks
 def test_ctrl_c_while_torch_loads_says_nothing(started, tmp_path):
+    """As a terminal sends it: to the agent, and to the fork server that imports torch."""
     process = subprocess.Popen(
         [*TRAIN, "--nproc-per-node=2", "--data=shapes"],
         stdout=subprocess.PIPE,
@@ -660,13 +679,14 @@ def test_ctrl_c_while_torch_loads_says_nothing(started, tmp_path):
         text=True,
         cwd=tmp_path,
         env=clean_environment(),
+        process_group=0,
     )
     started.append(process)
     assert "starting 2 rank(s)" in first_line(process)
     agent = psutil.Process(process.pid)
     # 40 MB: past Python's own start, far from the 200 MB that torch takes.
-    wait_until(lambda: [c.memory_info().rss > 4e7 for c in agent.children()] == [True, True])
-    process.send_signal(signal.SIGINT)
+    wait_until(lambda: any(child.memory_info().rss > 4e7 for child in agent.children()))
+    os.killpg(process.pid, signal.SIGINT)
     status, out, err = end(process)
     assert (status, out, err) == (130, "", [])
     assert list(tmp_path.iterdir()) == []

@@ -120,13 +120,13 @@ def test_a_rank_imports_nothing_to_wrap_a_model_in_ddp():
 def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
     import multiprocessing
 
-    from ddp_lib import local_ranks, notebook
+    from ddp_lib import forkserver, local_ranks
 
     def spawn():
         return multiprocessing.get_context("spawn")
 
     monkeypatch.setattr(local_ranks, "context", spawn)
-    monkeypatch.setattr(notebook, "context", spawn)
+    monkeypatch.setattr(forkserver, "context", spawn)
     assert [r.tolist() for r in run_ranks(summed, 2, 1.0, timeout_s=LIMIT_S)] == [[1.0, 1.0]] * 2
 
 

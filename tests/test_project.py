@@ -25,7 +25,7 @@ ORDER = """
     train trainer plots
     steps runfolder keeper found logcopy console evaluation replica optim checkpoint runlog
     data folder cifar shapes cache sampler
-    failure command stop
+    failure command stop forkserver
     model config scaling
     transfer world devices meeting store probe master place options network
     errors

@@ -151,7 +151,7 @@ def wait_until(done: Callable[[], bool], state: Callable[[], str]) -> None:
 
 def rank_on(machine: Machine) -> psutil.Process:
     """The rank's process on this machine."""
-    (found,) = [p for p in machine.processes() if "ddp_lib.rank" in p.cmdline()]
+    (found,) = [p for p in machine.processes() if p.name().startswith("ddp-rank")]
     return found
 
 
