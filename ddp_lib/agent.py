@@ -32,9 +32,11 @@ from ddp_lib.network import join_host
 from ddp_lib.options import Launch
 from ddp_lib.rendezvous import Notes, Rendezvous, open_rendezvous
 from ddp_lib.stop import end_all_below, signals_to_heed
+from ddp_lib.store import LINGER_S
 
-# How long a machine whose ranks only lost another waits for that one's word.
-_CAUSE_S = 2.0
+# A machine whose ranks only lost another waits so long for that one's word: a rank that fails may
+# linger, and its agent hears of it after that.
+_CAUSE_S = LINGER_S + 2
 # Ranks that are asked to leave get so long: one that is frozen, or blocked, is ended then.
 _GRACE_S = 8
 # After another machine has given up: ranks that notice by themselves give the better reason.

@@ -20,7 +20,7 @@ from ddp_lib.place import Place
 # are a firewall's doing. Three have been sent by then.
 _SILENCE_S = 5.0
 # How long the host of the store waits, before it leaves with an error, for the others to have read it.
-_LINGER_S = 3.0
+LINGER_S = 3.0
 
 
 def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
@@ -214,7 +214,7 @@ def tell_all(store: dist.Store, error: UserError, hosts: bool) -> None:
         store.compare_set("told", "", str(error))
         store.add("left", 1)
         if hosts:
-            deadline = time.monotonic() + _LINGER_S
+            deadline = time.monotonic() + LINGER_S
             first_hit(lambda: store.add("left", 0) >= store.add("came", 0), deadline)
     except RuntimeError:
         return  # the store is gone already

@@ -313,7 +313,7 @@ def frozen_without_restarts(lab: Lab, images: Path, whole: bytes) -> Outcome:
     rank_on(lab.machines[0]).suspend()
     training.open()
     seconds = training.fail(*programs)
-    assert lab.machines[0].processes() == lab.machines[1].processes() == []
+    assert lab.machines[0].left() == lab.machines[1].left() == []
     training.end(0, training.start(*lab.machines[:2]))
     return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
 

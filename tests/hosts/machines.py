@@ -197,6 +197,10 @@ class Machine:
                 continue
         return [process for process in found if process.pid != self.namespaces.pid]
 
+    def left(self) -> list[psutil.Process]:
+        """What still runs here after the moment that Python's resource tracker takes to follow."""
+        return psutil.wait_procs(self.processes(), timeout=_LIMIT_S)[1]
+
     def end_all(self) -> None:
         """SIGKILL to all that runs here, as when the power fails (`cut` first, and no peer hears)."""
         while running := self.processes():  # again: a process may have started another meanwhile

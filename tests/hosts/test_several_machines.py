@@ -17,7 +17,7 @@ def end_well(programs, machines) -> None:
     for program in programs:
         assert program.wait(LIMIT_S) == 0, program.output
     for machine in machines:
-        assert machine.processes() == []
+        assert machine.left() == []
 
 
 def summary(machine) -> dict:

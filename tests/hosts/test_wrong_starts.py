@@ -38,7 +38,7 @@ def causes(machines, status: int = 2) -> list[str]:
         errors = [line for line in program.output.splitlines() if "error:" in line]
         assert len(errors) == 1, program.output
         assert "Traceback" not in program.output
-        assert machine.processes() == []
+        assert machine.left() == []
         found += errors
     return found
 
