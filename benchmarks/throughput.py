@@ -54,6 +54,15 @@ def contender(script: str, steps: int, workers: int, data_dir: str) -> float:
     return images_per_s(json.loads(line)["ended"])
 
 
+def best_workers(data_dir: str) -> tuple[int, list[int]]:
+    """The number of DataLoader workers that makes the conventional loop fastest, and those tried."""
+    from ddp_lib.data import load_dataset
+
+    load_dataset("shapes", data_dir, log=lambda line: None)
+    tried = {w: contender("conventional.py", 30, w, data_dir) for w in (0, 1, 2)}
+    return max(tried, key=lambda w: tried[w]), list(tried)
+
+
 def ours(steps: int, data_dir: str) -> float:
     from ddp_lib import read_run
 
@@ -172,11 +181,7 @@ def main() -> None:
         if package is None or importlib.util.find_spec(package)
     }
     with tempfile.TemporaryDirectory() as data_dir:
-        from ddp_lib.data import load_dataset
-
-        load_dataset("shapes", data_dir, log=lambda line: None)
-        tried = {w: contender("conventional.py", 30, w, data_dir) for w in (0, 1, 2)}
-        workers = max(tried, key=lambda w: tried[w])
+        workers, tried = best_workers(data_dir)
         combinations = [
             (precision, layout)
             for precision in ("fp32", "bf16")
