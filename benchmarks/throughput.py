@@ -6,8 +6,10 @@ Each round runs every side once, one after the other, on two ranks of one thread
 SimpleModel, SGD, 128 images a step, random crops and flips, on the built-in images. Counted are the
 steps after the tenth. The limit computes forward, backward and step on one constant batch, in both
 processes at once, without communication, data or log, in the fastest of {fp32, bf16} x {NCHW,
-channels_last}. Needs benchmarks/requirements.txt for accelerate and Lightning; without them their
-rows are left out, and the table says so.
+channels_last}. Two more limits: the same where freed memory
+stays with the process, as `fit` sets it, and that with an all-reduce of one number after each step:
+what waiting for the slower rank costs before a gradient is sent. Needs benchmarks/requirements.txt for
+accelerate and Lightning; without them their rows are left out, and the table says so.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from report import save, table
 HERE = Path(__file__).parent
 RANKS, GLOBAL_BATCH, FIRST = 2, 128, 10
 LIMIT_S = 600
+KEEPING = "limit where freed memory is kept"
+MEETING = "the same, and the ranks meet after each step"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTENDERS = {
     "the conventional loop": ("conventional.py", None),
@@ -74,19 +78,27 @@ def ours(steps: int, data_dir: str) -> float:
     return images_per_s(log[log["rank"] == 0]["time"].tolist()[:steps])
 
 
-def constant_batch(precision: str, layout: str, steps: int) -> list[float]:
+def constant_batch(
+    precision: str, layout: str, steps: int, keep: bool = False, meet: bool = False
+) -> list[float]:
     """Runs on each rank: when each step ended."""
     import torch
+    import torch.distributed as dist
     import torch.nn.functional as F
 
     from ddp_lib import SimpleModel
+    from ddp_lib.devices import keep_freed_memory
 
     torch.set_num_threads(1)
+    if keep:
+        keep_freed_memory()
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     model = SimpleModel().to(memory_format=form)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     x = torch.randn(GLOBAL_BATCH // RANKS, 3, 32, 32).to(memory_format=form)
     y = torch.randint(0, 10, (len(x),))
+    if meet:
+        dist.init_process_group("gloo")
     ended = []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -94,14 +106,16 @@ def constant_batch(precision: str, layout: str, steps: int) -> list[float]:
         F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if meet:
+            dist.all_reduce(torch.ones(1))
         ended.append(time.perf_counter())
     return ended
 
 
-def limit(precision: str, layout: str, steps: int) -> float:
+def limit(best: tuple[str, str], steps: int, keep: bool = False, meet: bool = False) -> float:
     from ddp_lib import run_ranks
 
-    ranks = run_ranks(constant_batch, RANKS, precision, layout, steps, timeout_s=LIMIT_S)
+    ranks = run_ranks(constant_batch, RANKS, *best, steps, keep, meet, timeout_s=LIMIT_S)
     return statistics.mean(images_per_s(ended) for ended in ranks)
 
 
@@ -112,12 +126,14 @@ def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
 
     from ddp_lib import SimpleModel, TrainConfig, World
     from ddp_lib.data import load_dataset, make_batch
+    from ddp_lib.devices import keep_freed_memory
     from ddp_lib.optim import autocast, make_optimizer, pick_precision
     from ddp_lib.replica import wrap
     from ddp_lib.runlog import RunLog
     from ddp_lib.sampler import TrainSampler
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     parts: list[dict[str, float]] = []
     data = load_dataset("shapes", data_dir, log=lambda line: None)
     with World.join(log=lambda line: None) as world, tempfile.TemporaryDirectory() as folder:
@@ -187,22 +203,25 @@ def main() -> None:
             for precision in ("fp32", "bf16")
             for layout in ("NCHW", "channels_last")
         ]
-        speeds = {each: limit(*each, FIRST + 6) for each in combinations}
+        speeds = {each: limit(each, FIRST + 6) for each in combinations}
         best = max(speeds, key=lambda each: speeds[each])
         runs: dict[str, list[float]] = {"ddp-launch train": []}
-        runs |= {name: [] for name in sides} | {"limit": []}
+        runs |= {name: [] for name in sides} | {"limit": [], KEEPING: [], MEETING: []}
         for _ in range(options.rounds):
             runs["ddp-launch train"].append(ours(options.steps, data_dir))
             for name, script in sides.items():
                 runs[name].append(contender(script, options.steps, workers, data_dir))
-            runs["limit"].append(limit(*best, options.steps))
+            runs["limit"].append(limit(best, options.steps))
+            runs[KEEPING].append(limit(best, options.steps, keep=True))
+            runs[MEETING].append(limit(best, options.steps, keep=True, meet=True))
         parts = where_time_goes(options.steps, data_dir)
     median = {name: statistics.median(values) for name, values in runs.items()}
     mine = median["ddp-launch train"]
     times = [f"{mine / median[name]:.2f} times as many as {name}" for name in sides]
     findings = [
         f"`ddp-launch train` trains {mine:,.0f} images/s, {', '.join(times)}, and "
-        f"{mine / median['limit']:.2f} of the limit."
+        f"{mine / median['limit']:.2f} of the limit, {mine / median[KEEPING]:.2f} of the limit where "
+        f"freed memory is kept, {mine / median[MEETING]:.2f} where the ranks meet, too."
     ]
     findings += [f"{name}: not installed, left out." for name in CONTENDERS if name not in sides]
     findings += [

@@ -1,6 +1,8 @@
 """What this machine can offer a rank: threads, a backend, a device."""
 
+import ctypes
 import os
+from functools import cache
 
 import torch
 
@@ -36,3 +38,23 @@ def pick_device(backend: str, local_rank: int) -> torch.device:
     if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_NEVER = 2**31 - 1
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Makes this process keep what it frees, up to 1 GB apiece; False where the C library cannot.
+
+    glibc gives large blocks back to the system at once. A training step on a CPU allocates the same
+    blocks as the step before, and the system would clear their pages each time: thousands of page
+    faults a step. See mallopt(3); PyTorch's tuning guide advises another allocator to the same end.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    # An older glibc takes no more than 32 MB.
+    large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25))
+    return bool(large and mallopt(_M_TRIM_THRESHOLD, _NEVER))

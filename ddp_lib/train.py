@@ -11,6 +11,7 @@ from typing import Any
 from ddp_lib.command import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.data import load_dataset
+from ddp_lib.devices import keep_freed_memory
 from ddp_lib.failure import as_exit_status
 from ddp_lib.optim import pick_precision
 from ddp_lib.runfolder import open_run, warn_of_loss
@@ -27,6 +28,8 @@ def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> di
     SystemExit(128 + signal number), after a checkpoint, when `stop` has seen a signal on any rank.
     """
     config.share(world.world_size)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     warn_of_loss(config, world)
     # auto may mean bf16 on one machine and fp32 on another.
     precision = f"--precision {config.precision}, which here"

@@ -1,6 +1,8 @@
 """Joining and leaving the process group, and what is said when the ranks do not come together."""
 
 import os
+import platform
+import resource
 import socket
 import subprocess
 import sys
@@ -10,9 +12,10 @@ import time
 import pytest
 import torch
 
-from ddp_lib.devices import choose_backend, thread_budget
+from ddp_lib.devices import choose_backend, keep_freed_memory, thread_budget
 from ddp_lib.errors import UserError
 from ddp_lib.network import first_hit
+from ddp_lib.notebook import run_ranks
 from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
@@ -72,6 +75,28 @@ def test_thread_budget():
     cores = len(os.sched_getaffinity(0))
     assert thread_budget(1) == cores
     assert thread_budget(10 * cores) == 1
+
+
+def page_faults() -> int:
+    """While 4 blocks of 8 MB are allocated, filled and freed, 20 times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.ones(2**23, dtype=torch.uint8) for _ in range(4)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc: nothing to set")
+def test_freed_memory_is_kept():
+    def before_and_after() -> tuple[int, int]:
+        plain = page_faults()
+        assert keep_freed_memory()
+        page_faults()
+        return plain, page_faults()
+
+    ((plain, kept),) = run_ranks(before_and_after, 1, timeout_s=LIMIT_S)
+    assert 10 * kept < plain
 
 
 def test_alone_needs_no_group():
