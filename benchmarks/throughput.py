@@ -6,10 +6,10 @@ Each round runs every side once, one after the other, on two ranks of one thread
 SimpleModel, SGD, 128 images a step, random crops and flips, on the built-in images. Counted are the
 steps after the tenth. The limit computes forward, backward and step on one constant batch, in both
 processes at once, without communication, data or log, in the fastest of {fp32, bf16} x {NCHW,
-channels_last}. Two more limits: the same where freed memory
-stays with the process, as `fit` sets it, and that with an all-reduce of one number after each step:
-what waiting for the slower rank costs before a gradient is sent. Needs benchmarks/requirements.txt for
-accelerate and Lightning; without them their rows are left out, and the table says so.
+channels_last}. Two more limits: the same where freed memory stays with the process, as `fit` sets it,
+and that with an all-reduce of one number after each step: what waiting for the slower rank costs
+before a gradient is sent. Needs benchmarks/requirements.txt for accelerate and Lightning; without them
+their rows are left out, and the table says so.
 """
 
 import argparse
