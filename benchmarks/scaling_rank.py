@@ -5,6 +5,7 @@ ranks at once, so that they share the cores as in training but send nothing; DDP
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from ddp_lib.optim import make_optimizer
 from ddp_lib.scaling import measure_all_reduce
 
 BATCH = 64  # images a rank
+LIMIT_S = 500  # then it says where it stands, and ends
 WARM = 3  # steps not counted: DDP builds its buckets anew, PowerSGD starts
 # Bytes, as buckets have them: what is smaller than the burst that a shaped link lets through (64 kB)
 # would say nothing about its rate.
@@ -88,6 +90,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     os.chdir(tempfile.gettempdir())
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     result = measure(options.hook, options.steps)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result), flush=True)
