@@ -104,11 +104,7 @@ class Agent(LocalElasticAgent):
 
 
 def run_agent(
-    rank: Callable[..., None],
-    flags: list[str],
-    nproc: int,
-    launch: Launch,
-    join_timeout_s: float,
+    rank: Callable[..., None], flags: list[str], nproc: int, launch: Launch, join_timeout_s: float
 ) -> int:
     """Runs `rank(*flags)` as `nproc` ranks here, together with the other machines of `launch`.
 
@@ -124,6 +120,10 @@ def run_agent(
         met = open_rendezvous(launch, join_timeout_s)
         try:
             return _run(rank, flags, nproc, launch, met, join_timeout_s)
+        except (SignalException, SystemExit):
+            if met.notes.heard:  # the signal with which the note stops this machine came late
+                return met.notes.heard[1]
+            raise
         finally:
             if met.hosts:
                 met.notes.wait_until_read()

@@ -106,6 +106,7 @@ class Notes:
     address: str
     heard: "tuple[str, int] | None" = None
     _done: threading.Event = field(default_factory=threading.Event)
+    _calling: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def fixed(self) -> bool:
@@ -183,13 +184,17 @@ class Notes:
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
-                self.heard = self.read()
-                if self.heard:
-                    call(*self.heard)
-                    return
+                note = self.read()
+                with self._calling:
+                    if note and not self._done.is_set():
+                        self.heard = note
+                        call(*note)
+                        return
 
         if self.fixed:
             threading.Thread(target=look, name="notes", daemon=True).start()
 
     def stop_watching(self) -> None:
-        self._done.set()
+        """No call begins after this, and one that has begun is over."""
+        with self._calling:
+            self._done.set()
