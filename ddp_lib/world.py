@@ -1,5 +1,6 @@
 """World: which rank this process is, on which device; it joins and leaves the process group."""
 
+import faulthandler
 import gc
 import itertools
 import json
@@ -42,6 +43,7 @@ class World:
     device: torch.device = field(default_factory=lambda: pick_device("none", 0))
     backend: str = "none"
     store: dist.Store | None = field(default=None, repr=False, compare=False)
+    timeout_s: float = field(default=120.0, repr=False, compare=False)
     # Numbers the meetings at the store, so that a second training in one world finds no old answers.
     _meetings: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
@@ -92,10 +94,10 @@ class World:
         device = pick_device(chosen, place.local_rank)
         world = cls(
             place.rank, place.world_size, place.local_rank, place.local_world_size, place.node,
-            device, chosen, store,
+            device, chosen, store, timeout_s,
         )  # fmt: skip
         if store is not None:
-            world._init_process_group(store, timeout_s)
+            world._init_process_group(store)
         if log is not None or world.is_main:
             how = "no process group" if store is None else f"backend {chosen} ({reason})"
             (log or world.say)(
@@ -105,7 +107,7 @@ class World:
             )
         return world
 
-    def _init_process_group(self, store: dist.Store, timeout_s: float) -> None:
+    def _init_process_group(self, store: dist.Store) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         try:
@@ -114,7 +116,7 @@ class World:
                 store=dist.PrefixStore("group", store),
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timedelta(seconds=self.timeout_s),
                 device_id=self.device if self.device.type == "cuda" else None,
             )
             # A rank that ends at once must not be gone before its peers have connected.
@@ -218,10 +220,18 @@ class World:
 
         A DistributedDataParallel model that still lives would let gloo's thread free its last
         all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
+        Groups that never end are known (PyTorch's issue 75097): after timeout_s the process prints where
+        it stands, and ends with status 1.
         """
-        gc.collect()
-        if self.world_size > 1 and dist.is_initialized():
+        if self.world_size == 1 or not dist.is_initialized():
+            return
+        # By a thread of C's: what is stuck may hold Python's lock.
+        faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
+        try:
+            gc.collect()
             dist.destroy_process_group()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def __enter__(self) -> "World":
         return self

@@ -109,6 +109,24 @@ def test_alone_needs_no_group():
         world.compare("data", {"a": 1}, "cure", 1)
 
 
+STUCK = """
+import time
+import torch.distributed as dist
+from ddp_lib import World
+dist.is_initialized = lambda: True
+def destroy_process_group(): time.sleep(1000)
+dist.destroy_process_group = destroy_process_group
+World(world_size=2, timeout_s=0.2).leave()
+"""
+
+
+@pytest.mark.ranks
+def test_a_group_that_never_ends():
+    status, text = outcome(start(code=STUCK))
+    assert status == 1
+    assert "Timeout" in text and "in destroy_process_group" in text and "in leave" in text
+
+
 @pytest.mark.ranks
 def test_the_worker_may_be_started_first():
     port = free_port()
