@@ -121,7 +121,7 @@ def run_agent(
         try:
             return _run(rank, flags, nproc, launch, met, join_timeout_s)
         except (SignalException, SystemExit):
-            if met.notes.heard:  # the signal with which the note stops this machine came late
+            if met.notes.heard:  # with this signal the note of another machine stops this one
                 return met.notes.heard[1]
             raise
         finally:
@@ -169,8 +169,6 @@ def _run(
         finally:
             met.notes.stop_watching()  # it would hear this machine's own note
     except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
-        if met.notes.heard:
-            return met.notes.heard[1]
         if isinstance(stopped, SystemExit) and isinstance(stopped.code, int):
             _tell_of_signal(met.notes, stopped.code)
         raise

@@ -168,7 +168,7 @@ def start_agent(
             f"OMP_NUM_THREADS={threads} a rank",
             flush=True,
         )
-        os.environ[AGENT] = str(os.getpid())
+        os.environ[AGENT] = "1"
         try:
             # Passed on to multiprocessing's resource tracker: where all is ended at once it tidies up,
             # and need not say so.

@@ -26,8 +26,8 @@ def prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _leave_with_agent()
     for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)  # a line at a time, and whole: ranks share the pipe
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(line_buffering=True)  # lines, and whole ones: ranks share the pipe
     faulthandler.disable()  # torch's agent switches it on; a death by signal is one line here
     take_thread_budget()
     gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over

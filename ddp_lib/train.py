@@ -24,6 +24,7 @@ from ddp_lib.world import World
 def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> dict[str, Any]:
     """Trains as `config` says, resuming where its run folder allows; returns summary.json's content.
 
+    On the CPU it sets this process's allocator, for good (see `keep_freed_memory`).
     Raises UserError for a configuration that cannot run, and where a loss is not finite;
     SystemExit(128 + signal number), after a checkpoint, when `stop` has seen a signal on any rank.
     """

@@ -220,13 +220,13 @@ class World:
 
         A DistributedDataParallel model that still lives would let gloo's thread free its last
         all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
-        Groups that never end are known (PyTorch's issue 75097): after timeout_s the process prints where
-        it stands, and ends with status 1.
+        Groups that never end are known (PyTorch's issue 75097): after twice timeout_s, by when the last
+        collective has given up, the process prints where it stands, and ends with status 1.
         """
         if self.world_size == 1 or not dist.is_initialized():
             return
         # By a thread of C's: what is stuck may hold Python's lock.
-        faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=2)
+        faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=2)
         try:
             gc.collect()
             dist.destroy_process_group()

@@ -378,7 +378,8 @@ def test_no_rank_outlives_a_killed_agent(start, tmp_path):
     both = ranks(tmp_path)
     process.kill()
     assert all_gone(both)
-    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == ["15", "15"]
+    # SIGTERM, by the rank's own watch; or the SIGINT that torch orders for a parent's death.
+    assert {(tmp_path / f"left{rank}").read_text() for rank in range(2)} <= {"15", "2"}
 
 
 # In a rank
