@@ -36,8 +36,8 @@ class Residual(nn.Module):
 class SimpleModel(nn.Module):
     """Seven convolutions and one linear layer for images (B, 3, 32, 32); returns logits (B, num_classes).
 
-    The image shrinks early, so that most of the work is done on small maps: 29 million
-    multiplications an image.
+    The image shrinks early, so that most of the work is done on small maps: 33 million
+    multiplications an image. They share 431 thousand parameters: few, for each is sent at every step.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -46,11 +46,11 @@ class SimpleModel(nn.Module):
             conv_block(3, 32, pool=True),  # (B, 32, 16, 16)
             conv_block(32, 80, pool=True),  # (B, 80, 8, 8)
             Residual(80),
-            conv_block(80, 160, pool=True),  # (B, 160, 4, 4)
-            Residual(160),
-            nn.AdaptiveMaxPool2d(1),  # (B, 160, 1, 1)
+            Residual(80),
+            conv_block(80, 240, pool=True),  # (B, 240, 4, 4)
+            nn.AdaptiveMaxPool2d(1),  # (B, 240, 1, 1)
         )
-        self.classifier = nn.Linear(160, num_classes)
+        self.classifier = nn.Linear(240, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Scaled down: the largest activations over an image make large logits, and the first steps
