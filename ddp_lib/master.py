@@ -23,7 +23,7 @@ def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
     if not first_hit(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
         raise UserError(
             f"{endpoint.host_name} does not resolve: check the name, or give an address "
-            f"(tried for {join_timeout_s:g} s; --join-timeout-s sets it)"
+            f"(tried for {round(join_timeout_s, 1):g} s; --join-timeout-s sets it)"
         )
 
 
@@ -68,7 +68,9 @@ def wait_for_master(
                 trouble += (
                     f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
                 )
-            raise UserError(f"{trouble} (tried for {limit_s:g} s; --join-timeout-s sets it)")
+            raise UserError(
+                f"{trouble} (tried for {round(limit_s, 1):g} s; --join-timeout-s sets it)"
+            )
         time.sleep(_RETRY_S)
 
 
