@@ -2,11 +2,12 @@
 
 import os
 import socket
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from ddp_lib.place import Place
 _SILENCE_S = 5.0
 # How long the host of the store waits, before it leaves with an error, for the others to have read it.
 LINGER_S = 3.0
+# How long torch may take to give up connecting, over its limit: a stack dump alone takes it seconds.
+_GIVE_UP_S = 30.0
 
 
 def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
@@ -101,9 +104,10 @@ def reach_store(
     began = time.monotonic()
     address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
     left_s = max(2.0, began + join_timeout_s - time.monotonic())
-    # The port has answered, so a store says so at once. The rest is for torch to give up: a thread
-    # that comes back from C++ while the interpreter goes down would abort it.
+    # The port has answered, so a store says so at once. The rest is for torch to give up.
     wait = timedelta(seconds=left_s / 2)
+    peer = (address, endpoint.port)
+    others = _connections(peer)
     outcome: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
@@ -118,7 +122,15 @@ def reach_store(
     with _without_stderr():
         thread.start()
         thread.join(left_s)
-    found = outcome[0] if outcome else TimeoutError("it accepts and is silent")
+        silent = not outcome
+        # A thread that comes back from C++ while the interpreter goes down would abort it: the end of
+        # its connection ends its wait.
+        until = time.monotonic() + _GIVE_UP_S
+        while thread.is_alive() and time.monotonic() < until:
+            for file in _connections(peer) - others:
+                _hang_up(file)
+            thread.join(0.1)
+    found = TimeoutError("it accepts and is silent") if silent else outcome[0]
     if isinstance(found, Exception):
         raise UserError(
             f"{endpoint} answers, but not as a PyTorch store ({first_line(found)}): "
@@ -126,6 +138,28 @@ def reach_store(
         ) from found
     found.set_timeout(timedelta(seconds=join_timeout_s))
     return found
+
+
+def _connections(peer: tuple[str, int]) -> set[int]:
+    """The descriptors of this process's connections to `peer`, also of those that C++ has opened.
+
+    /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
+    """
+    names = (peer, (f"::ffff:{peer[0]}", peer[1]))
+    found = set()
+    for file in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed meanwhile, or connected to nobody
+            if stat.S_ISSOCK(os.fstat(file).st_mode):
+                with socket.socket(fileno=os.dup(file)) as connection:
+                    if connection.getpeername()[:2] in names:
+                        found.add(file)
+    return found
+
+
+def _hang_up(file: int) -> None:
+    """Ends a connection: whoever waits for its next word gets an error."""
+    with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

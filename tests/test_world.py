@@ -14,8 +14,9 @@ import torch
 
 from ddp_lib.devices import choose_backend, keep_freed_memory, thread_budget
 from ddp_lib.errors import UserError
-from ddp_lib.network import first_hit
+from ddp_lib.network import Endpoint, first_hit
 from ddp_lib.notebook import run_ranks
+from ddp_lib.store import reach_store
 from ddp_lib.transfer import broadcast_bytes, gather_bytes
 from ddp_lib.world import World
 
@@ -232,6 +233,15 @@ def test_a_silent_program_has_the_port():
         port = server.getsockname()[1]
         code, text = outcome(start(2, **four(1, port)))
         assert code == 2 and f"MASTER_PORT={port}" in text and text.count("\n") == 1
+
+
+def test_nothing_of_a_failed_attempt_goes_on():
+    """The thread in which torch waits for a word would abort a process that ends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match="silent"):
+            reach_store(Endpoint("127.0.0.1", port), 1, True)
+        assert all(thread.name != "store" for thread in threading.enumerate())
 
 
 @pytest.mark.ranks
