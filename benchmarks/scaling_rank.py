@@ -25,6 +25,7 @@ from ddp_lib.scaling import measure_all_reduce
 
 BATCH = 64  # images a rank
 LIMIT_S = 500  # then it says where it stands, and ends
+WHOLE_MB = 100  # a bucket of this size holds all of SimpleModel's gradients
 WARM = 3  # steps not counted: DDP builds its buckets anew, PowerSGD starts
 # Bytes, as buckets have them: what is smaller than the burst that a shaped link lets through (64 kB)
 # would say nothing about its rate.
@@ -70,7 +71,10 @@ def measure(hook: str, count: int) -> dict[str, Any]:
         }
         if world.world_size > 1:
             found["all_reduce_s"] = measure_all_reduce(world, SIZES, repeats=5)
-            net = DistributedDataParallel(bare, gradient_as_bucket_view=True)
+            # PowerSGD starts more all-reduces when its first one ends. With two buckets the ranks may
+            # do so in different orders, and gloo then pairs the wrong ones: an abort, or a hang.
+            cap_mb = WHOLE_MB if hook == "PowerSGD" else None
+            net = DistributedDataParallel(bare, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb)
             add_hook(net, hook)
             dist.barrier()
             found["step_s"] = [s for s, _ in steps(net, make_optimizer(TrainConfig(), net), count)]
