@@ -17,6 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Functions there take the group of the moment of the import as a default argument. Imported later, as
+# DDP does for its first model, they would keep the group's threads alive after `leave`.
+import torch.distributed.nn.functional
+
 from ddp_lib.devices import choose_backend, pick_device, thread_budget
 from ddp_lib.errors import UserError, first_line
 from ddp_lib.meeting import compare, meet
@@ -218,8 +222,8 @@ class World:
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.
 
-        A DistributedDataParallel model that still lives would let gloo's thread free its last
-        all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
+        A DistributedDataParallel model that still lives would keep gloo's threads, which may free their
+        last all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
         Groups that never end are known (PyTorch's issue 75097): after twice timeout_s, by when the last
         collective has given up, the process prints where it stands, and ends with status 1.
         """

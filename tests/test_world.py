@@ -155,6 +155,34 @@ def test_no_master(changes, says):
     assert says in text and "--join-timeout-s" in text and text.count("\n") == 1
 
 
+THREADS = """
+import os
+import torch
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+from ddp_lib import World
+def threads():
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+with World.join() as world:
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    print("before:", *threads())
+    del model
+print("after:", *threads())
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in Linux's /proc")
+def test_no_thread_of_the_group_outlives_it():
+    """One that frees what Python owns while the interpreter goes down would abort it."""
+    port = free_port()
+    for process in [start(code=THREADS, **four(rank, port)) for rank in (0, 1)]:
+        code, text = outcome(process)
+        before, _, after = text.partition("after:")
+        assert code == 0 and "gloo" in before and after and "gloo" not in after
+
+
 @pytest.mark.ranks
 def test_a_rank_is_missing():
     port = free_port()
