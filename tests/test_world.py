@@ -156,7 +156,6 @@ def test_no_master(changes, says):
 
 
 THREADS = """
-import os
 import torch
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
