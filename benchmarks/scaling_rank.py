@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ WARM = 3  # steps not counted: DDP builds its buckets anew, PowerSGD starts
 # Bytes, as buckets have them: what is smaller than the burst that a shaped link lets through (64 kB)
 # would say nothing about its rate.
 SIZES = (256 << 10, 1 << 20, 4 << 20)
+# Ranks that share this machine's cores wait for their turns longer than the bytes take: only a large
+# tensor shows its bytes. Cheap here, and for minutes on a slow link.
+LOCAL_SIZES = (*SIZES, 16 << 20)
 
 
 def add_hook(model: DistributedDataParallel, name: str) -> None:
@@ -57,7 +61,9 @@ def steps(net: torch.nn.Module, optimizer: Any, count: int) -> list[tuple[float,
     return found[WARM:]
 
 
-def measure(hook: str, count: int) -> dict[str, Any]:
+def measure(
+    hook: str, count: int, sizes: Sequence[int] = SIZES, repeats: int = 5
+) -> dict[str, Any]:
     """What this rank found; all-reduces and steps as the slowest rank saw them."""
     torch.set_num_threads(1)
     with World.join(log=lambda line: None) as world:
@@ -70,7 +76,7 @@ def measure(hook: str, count: int) -> dict[str, Any]:
             "backward_s": statistics.median(backward for _, backward in alone),
         }
         if world.world_size > 1:
-            found["all_reduce_s"] = measure_all_reduce(world, SIZES, repeats=5)
+            found["all_reduce_s"] = measure_all_reduce(world, sizes, repeats)
             # PowerSGD starts more all-reduces when its first one ends. With two buckets the ranks may
             # do so in different orders, and gloo then pairs the wrong ones: an abort, or a hang.
             cap_mb = WHOLE_MB if hook == "PowerSGD" else None

@@ -113,24 +113,23 @@ def measure_all_reduce(
 ) -> dict[int, list[float]]:
     """Seconds of float32 all-reduces, bytes -> one time a repeat, the slowest rank's, on every rank.
 
-    The first of each size, which allocates, is not counted. Needs 2 or more ranks.
+    The sizes take turns, so that a slow while falls on all of them. The first of each size, which
+    allocates, is not counted. Needs 2 or more ranks.
     """
-    found: dict[int, list[float]] = {}
-    for size in sizes:
-        tensor = torch.ones(max(1, size // 4), device=world.device)
-        runs = []
-        for _ in range(repeats + 1):
+    tensors = {size: torch.ones(max(1, size // 4), device=world.device) for size in sizes}
+    runs: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(repeats + 1):
+        for size, tensor in tensors.items():
             dist.barrier()
             _finish(world)
             began = time.perf_counter()
             dist.all_reduce(tensor)
             _finish(world)
-            runs.append(time.perf_counter() - began)
+            runs[size].append(time.perf_counter() - began)
             tensor.fill_(1.0)
-        slowest = torch.tensor(runs[1:], dtype=torch.float64, device=world.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        found[size] = slowest.tolist()
-    return found
+    slowest = torch.tensor(list(runs.values()), dtype=torch.float64, device=world.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return dict(zip(runs, slowest[:, 1:].tolist(), strict=True))
 
 
 def _finish(world: World) -> None:
