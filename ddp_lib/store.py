@@ -45,9 +45,8 @@ def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> d
         me = f"{socket.gethostname()} {os.urandom(8).hex()}"
         ours.set("host", me)
         if not is_here(place.endpoint):
-            until = time.monotonic() + join_timeout_s
-            target = (place.endpoint, prefix, ours, me, until)
-            threading.Thread(target=_look_for_rival, args=target, daemon=True).start()
+            look = (place.endpoint, prefix, ours, me, time.monotonic() + join_timeout_s)
+            threading.Thread(target=_look_for_rival, args=look).start()
     return ours
 
 
@@ -57,14 +56,13 @@ def _look_for_rival(
     """Rank 0 on a machine that has not MASTER_ADDR: does another rank 0 answer there?
 
     If this one does, its port is published, as a container's may be. If another does, both get to
-    know it.
+    know it. Python waits for this thread before it goes down, some seconds at most: one that comes
+    back from C++ after that would abort.
     """
-    while time.monotonic() < until:
+    while time.monotonic() < until and threading.main_thread().is_alive():
         try:
             address = wait_for_master(endpoint, 1.0)
-            wait = timedelta(seconds=3)
-            there = dist.TCPStore(address, endpoint.port, None, False, wait, wait_for_workers=False)
-            theirs = dist.PrefixStore(prefix, there)
+            theirs = dist.PrefixStore(prefix, _client(address, endpoint.port, 6.0))
             if theirs.check(["host"]):
                 other = theirs.get("host").decode()
                 if other != me:
@@ -75,7 +73,7 @@ def _look_for_rival(
                     for store in (theirs, ours):
                         store.compare_set("told", "", text)
                 return
-        except (UserError, RuntimeError):
+        except (UserError, RuntimeError, ValueError, TimeoutError):
             time.sleep(0.5)
 
 
@@ -98,45 +96,53 @@ def reach_store(
 ) -> dist.TCPStore:
     """A client of the store, as soon as it is there.
 
-    UserError where something else answers, or nothing does. In a thread: torch waits without limit
-    for the first word of a program that accepts and is silent.
+    UserError where something else answers, or nothing does.
     """
     began = time.monotonic()
     address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
     left_s = max(2.0, began + join_timeout_s - time.monotonic())
+    try:
+        with _without_stderr():
+            found = _client(address, endpoint.port, left_s)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"{endpoint} answers, but not as a PyTorch store ({first_line(error)}): "
+            "another program has this port, choose a free one"
+        ) from error
+    found.set_timeout(timedelta(seconds=join_timeout_s))
+    return found
+
+
+def _client(address: str, port: int, limit_s: float) -> dist.TCPStore:
+    """Connects in a thread: torch waits without limit for the first word of a program that accepts.
+
+    TimeoutError where it is silent; torch's error where it says another word.
+    """
     # The port has answered, so a store says so at once. The rest is for torch to give up.
-    wait = timedelta(seconds=left_s / 2)
-    peer = (address, endpoint.port)
-    others = _connections(peer)
+    wait = timedelta(seconds=limit_s / 2)
+    others = _connections((address, port))
     outcome: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
         try:
-            outcome.append(
-                dist.TCPStore(address, endpoint.port, None, False, wait, wait_for_workers=False)
-            )
+            outcome.append(dist.TCPStore(address, port, None, False, wait, wait_for_workers=False))
         except (RuntimeError, ValueError) as error:
             outcome.append(error)
 
     thread = threading.Thread(target=connect, name="store", daemon=True)
-    with _without_stderr():
-        thread.start()
-        thread.join(left_s)
-        silent = not outcome
-        # A thread that comes back from C++ while the interpreter goes down would abort it: the end of
-        # its connection ends its wait.
-        until = time.monotonic() + _GIVE_UP_S
-        while thread.is_alive() and time.monotonic() < until:
-            for file in _connections(peer) - others:
-                _hang_up(file)
-            thread.join(0.1)
+    thread.start()
+    thread.join(limit_s)
+    silent = not outcome
+    # A thread that comes back from C++ while the interpreter goes down would abort it: the end of its
+    # connection ends its wait.
+    until = time.monotonic() + _GIVE_UP_S
+    while thread.is_alive() and time.monotonic() < until:
+        for file in _connections((address, port)) - others:
+            _hang_up(file)
+        thread.join(0.1)
     found = TimeoutError("it accepts and is silent") if silent else outcome[0]
     if isinstance(found, Exception):
-        raise UserError(
-            f"{endpoint} answers, but not as a PyTorch store ({first_line(found)}): "
-            "another program has this port, choose a free one"
-        ) from found
-    found.set_timeout(timedelta(seconds=join_timeout_s))
+        raise found
     return found
 
 

@@ -271,6 +271,27 @@ def test_nothing_of_a_failed_attempt_goes_on():
         assert all(thread.name != "store" for thread in threading.enumerate())
 
 
+LOOK = """
+import socket, threading, time
+import torch.distributed as dist
+from ddp_lib.network import Endpoint
+from ddp_lib.store import _look_for_rival
+
+server = socket.create_server(("127.0.0.1", 0))
+endpoint = Endpoint("127.0.0.1", server.getsockname()[1])
+look = (endpoint, "job", dist.HashStore(), "me", time.monotonic() + 600)
+threading.Thread(target=_look_for_rival, args=look).start()
+for _ in range(2):  # the first asks whether anybody listens, the second is torch's
+    server.accept()
+"""
+
+
+@pytest.mark.ranks
+def test_the_look_for_another_rank_0_ends_with_the_process():
+    """Also where the program at MASTER_ADDR never says a word."""
+    subprocess.run([sys.executable, "-c", LOOK], timeout=LIMIT_S, check=True)
+
+
 @pytest.mark.ranks
 def test_garbage_sent_to_the_master_does_not_stop_it():
     port = free_port()
