@@ -26,11 +26,12 @@ RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "20mbit": "20 Mbit/s"}
 
 
 def local(ranks: int, steps: int) -> dict[str, Any]:
-    from scaling_rank import LOCAL_SIZES, measure
+    from scaling_rank import LOCAL_REPEATS, LOCAL_SIZES, measure
 
     from ddp_lib import run_ranks
 
-    return run_ranks(measure, ranks, "none", steps, LOCAL_SIZES, 15, timeout_s=LIMIT_S)[0]
+    what = ("none", steps, LOCAL_SIZES, LOCAL_REPEATS)
+    return run_ranks(measure, ranks, *what, timeout_s=LIMIT_S)[0]
 
 
 def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:

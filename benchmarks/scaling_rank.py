@@ -32,8 +32,8 @@ WARM = 3  # steps not counted: DDP builds its buckets anew, PowerSGD starts
 # would say nothing about its rate.
 SIZES = (256 << 10, 1 << 20, 4 << 20)
 # Ranks that share this machine's cores wait for their turns longer than the bytes take: only a large
-# tensor shows its bytes. Cheap here, and for minutes on a slow link.
-LOCAL_SIZES = (*SIZES, 16 << 20)
+# tensor shows its bytes, and only many runs a median. Both would take minutes on a slow link.
+LOCAL_SIZES, LOCAL_REPEATS = (*SIZES, 16 << 20), 15
 
 
 def add_hook(model: DistributedDataParallel, name: str) -> None:
