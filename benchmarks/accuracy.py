@@ -33,7 +33,8 @@ def run(command: list[str]) -> str:
 
 
 def ours(data: str, data_dir: str, epochs: int, seed: int) -> Curve:
-    from ddp_lib import read_events, read_run
+    from ddp_lib import read_run
+    from ddp_lib.run_dir.log import read_events
 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ddp_lib.launch", "train", "--data", data]

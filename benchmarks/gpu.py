@@ -31,7 +31,8 @@ def train(
     options: argparse.Namespace, gpus: int, compiled: bool
 ) -> tuple[float, float, float | None]:
     """Images/s, the last accuracy, and seconds of training until LEVEL (None: not reached)."""
-    from ddp_lib import read_events, read_run
+    from ddp_lib import read_run
+    from ddp_lib.run_dir.log import read_events
 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ddp_lib.launch", "train", "--model", "resnet9:ResNet9"]

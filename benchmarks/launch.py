@@ -61,7 +61,7 @@ def by_run_ranks_later() -> Callable[[], object]:
 
     import psutil
 
-    from ddp_lib import notebook
+    from ddp_lib.notebook import run_ranks as notebook
 
     notebook.start_server()
     server = psutil.Process(forkserver._forkserver._forkserver_pid)

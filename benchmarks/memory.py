@@ -88,7 +88,7 @@ def main() -> None:
     sums: dict[str, list[float]] = {"ddp-launch train": [], "conventional loop": []}
     mapped = []
     with tempfile.TemporaryDirectory() as folder:
-        from ddp_lib.data import load_dataset
+        from ddp_lib.data.dataset import load_dataset
 
         data = load_dataset(options.data, folder, log=lambda line: None)
         size = sum(split.images.nbytes for split in (data.train, data.test)) / 2**20

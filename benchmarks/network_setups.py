@@ -108,7 +108,7 @@ def main() -> None:
         raise SystemExit(lacks)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        from ddp_lib.data import load_dataset
+        from ddp_lib.data.dataset import load_dataset
 
         make_images(Path(folder) / "images")
         load_dataset(

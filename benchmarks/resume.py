@@ -26,7 +26,8 @@ LIMIT_S = 900
 
 
 def kill_one_rank(folder: Path) -> dict[str, float]:
-    from ddp_lib import read_events, read_run
+    from ddp_lib import read_run
+    from ddp_lib.run_dir.log import read_events
 
     command = [sys.executable, "-m", "ddp_lib.launch", "train", "--data", "shapes", "--epochs", "2"]
     command += ["--nproc-per-node", "2", "--max-restarts", "1", "--run-dir", str(folder / "run")]
@@ -67,7 +68,7 @@ def kill_one_rank(folder: Path) -> dict[str, float]:
 
 def log_line_s(lines: int = 2000) -> float:
     """Median seconds of writing one line."""
-    from ddp_lib.runlog import RunLog
+    from ddp_lib.run_dir.log import RunLog
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), 0) as log:

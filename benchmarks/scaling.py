@@ -5,7 +5,7 @@ python benchmarks/scaling.py [--full] [--steps 8]
 64 images a rank, one thread each, fp32. Ranks 1, 2, 4 (and, with --full, 8) share this machine's
 cores. Then 2 (and 4) machines made of network namespaces, joined by links shaped to a rate, without
 a hook and with DDP's fp16 and PowerSGD hooks; these need root, and are left out, with a line, where
-they cannot be made. The prediction is ddp_lib.scaling's: its link is fitted to bare all-reduces of
+they cannot be made. The prediction is ddp_lib.report.scaling's: its link is fitted to bare all-reduces of
 the same ranks, its step to unwrapped steps that send nothing; it never sees a DDP step.
 """
 
@@ -61,7 +61,7 @@ def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:
 
 def predicted_s(found: dict[str, Any], ranks: int, hook: str) -> float | None:
     """By the cost model; None for PowerSGD, whose own arithmetic it does not know."""
-    from ddp_lib.scaling import Step, fit_link, predict_step_s
+    from ddp_lib.report.scaling import Step, fit_link, predict_step_s
 
     if ranks == 1 or hook == "PowerSGD":
         return None

@@ -21,8 +21,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lib import SimpleModel, TrainConfig, World
-from ddp_lib.optim import make_optimizer
-from ddp_lib.scaling import measure_all_reduce
+from ddp_lib.report.scaling import measure_all_reduce
+from ddp_lib.training.optim import make_optimizer
 
 BATCH = 64  # images a rank
 LIMIT_S = 500  # then it says where it stands, and ends

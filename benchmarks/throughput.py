@@ -60,7 +60,7 @@ def contender(script: str, steps: int, workers: int, data_dir: str) -> float:
 
 def best_workers(data_dir: str) -> tuple[int, list[int]]:
     """The number of DataLoader workers that makes the conventional loop fastest, and those tried."""
-    from ddp_lib.data import load_dataset
+    from ddp_lib.data.dataset import load_dataset
 
     load_dataset("shapes", data_dir, log=lambda line: None)
     tried = {w: contender("conventional.py", 30, w, data_dir) for w in (0, 1, 2)}
@@ -87,7 +87,7 @@ def constant_batch(
     import torch.nn.functional as F
 
     from ddp_lib import SimpleModel
-    from ddp_lib.devices import keep_freed_memory
+    from ddp_lib.distributed.device import keep_freed_memory
 
     torch.set_num_threads(1)
     if keep:
@@ -125,12 +125,13 @@ def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
     import torch.nn.functional as F
 
     from ddp_lib import SimpleModel, TrainConfig, World
-    from ddp_lib.data import load_dataset, make_batch
-    from ddp_lib.devices import keep_freed_memory
-    from ddp_lib.optim import autocast, make_optimizer, pick_precision
-    from ddp_lib.replica import wrap
-    from ddp_lib.runlog import RunLog
-    from ddp_lib.sampler import TrainSampler
+    from ddp_lib.data.batch import make_batch
+    from ddp_lib.data.dataset import load_dataset
+    from ddp_lib.data.sampler import TrainSampler
+    from ddp_lib.distributed.device import keep_freed_memory
+    from ddp_lib.run_dir.log import RunLog
+    from ddp_lib.training.ddp import wrap
+    from ddp_lib.training.optim import autocast, make_optimizer, pick_precision
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -8,17 +8,18 @@ ddp-launch train --nproc-per-node 2 --data shapes              two, by this pack
 import sys
 from typing import Any
 
-from ddp_lib.command import parse
+from ddp_lib.cli import parse
 from ddp_lib.config import TrainConfig
-from ddp_lib.data import load_dataset
-from ddp_lib.devices import keep_freed_memory
-from ddp_lib.failure import as_exit_status
-from ddp_lib.optim import pick_precision
-from ddp_lib.runfolder import open_run, warn_of_loss
-from ddp_lib.sampler import TrainSampler
-from ddp_lib.stop import StopSignal
-from ddp_lib.trainer import Trainer
-from ddp_lib.world import World
+from ddp_lib.data.dataset import load_dataset
+from ddp_lib.data.sampler import TrainSampler
+from ddp_lib.distributed.device import keep_freed_memory
+from ddp_lib.distributed.world import World
+from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.signals import StopSignal
+from ddp_lib.processes.worker import prepare
+from ddp_lib.run_dir.resume import open_run, warn_of_loss
+from ddp_lib.training.optim import pick_precision
+from ddp_lib.training.trainer import Trainer
 
 
 def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> dict[str, Any]:
@@ -75,6 +76,12 @@ def main(argv: list[str] | None = None) -> int:
         ) as world:
             fit(config, world, stop)
     return outcome.status
+
+
+def as_rank(*flags: str) -> None:
+    """A rank that ddp-launch has forked: the training with these flags; SystemExit with its status."""
+    prepare()
+    sys.exit(main(list(flags)))
 
 
 if __name__ == "__main__":

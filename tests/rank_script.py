@@ -2,7 +2,7 @@
 
 import runpy
 
-from ddp_lib.rank import prepare
+from ddp_lib.processes.worker import prepare
 
 
 def run(path: str) -> None:

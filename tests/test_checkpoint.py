@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from ddp_lib import checkpoint
 from ddp_lib.errors import UserError
+from ddp_lib.run_dir import checkpoint
 
 
 def state(step: int) -> dict:

@@ -12,7 +12,9 @@ import torch
 from test_checkpoint import flip_a_bit
 from test_train import LIMIT_S, config, train
 
-from ddp_lib import RankError, TrainConfig, checkpoint, read_events, read_run, run_ranks
+from ddp_lib import RankError, TrainConfig, read_run, run_ranks
+from ddp_lib.run_dir import checkpoint
+from ddp_lib.run_dir.log import read_events
 
 pytestmark = pytest.mark.ranks
 

@@ -23,9 +23,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp_lib import data, shapes
-from ddp_lib.cache import mean_and_std
-from ddp_lib.data import Dataset, Split, load_dataset, make_batch, random_below
+from ddp_lib.data import batch, shapes
+from ddp_lib.data.batch import make_batch, random_below
+from ddp_lib.data.cache import mean_and_std
+from ddp_lib.data.dataset import Dataset, Split, load_dataset
 from ddp_lib.errors import UserError
 
 
@@ -158,8 +159,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     # Files may grow to 100 kB only: writing fails half-way as it does on a full disk.
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from ddp_lib import shapes; shapes.TRAIN_IMAGES = 100\n"
-        "from ddp_lib.data import load_dataset\n"
+        "from ddp_lib.data import shapes; shapes.TRAIN_IMAGES = 100\n"
+        "from ddp_lib import load_dataset\n"
         "from ddp_lib.errors import UserError\n"
         "try: load_dataset('shapes', sys.argv[1], log=lambda text: None)\n"
         "except UserError as error: print(error)\n"
@@ -178,7 +179,7 @@ def test_ranks_share_the_images_memory(tmp_path: Path) -> None:
     load_dataset("shapes", tmp_path, log=quiet)
     script = (
         "import sys\n"
-        "from ddp_lib.data import load_dataset\n"
+        "from ddp_lib import load_dataset\n"
         "images = load_dataset('shapes', sys.argv[1]).train.images\n"
         "images.sum(); print('ready', flush=True); sys.stdin.readline()\n"
         "account = open('/proc/self/smaps').read().split('train_images.npy')[1]\n"
@@ -316,7 +317,7 @@ def test_one_process_of_several_downloads(
     script = (
         "import json, sys\n"
         "from torchvision.datasets import CIFAR10\n"
-        "from ddp_lib.data import load_dataset\n"
+        "from ddp_lib import load_dataset\n"
         "for name, value in json.loads(sys.argv[2]).items(): setattr(CIFAR10, name, value)\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "print(load_dataset('cifar10', sys.argv[1], log=lambda text: None).digest)\n"
@@ -625,7 +626,7 @@ def test_augmentation_is_uniform_and_independent(limit: int) -> None:
 
 def test_padding_is_black_before_normalisation(some: Dataset) -> None:
     white = torch.full((50, 32, 32, 3), 255, dtype=torch.uint8)
-    crops = data.crop_and_flip(white, torch.arange(50))
+    crops = batch.crop_and_flip(white, torch.arange(50))
     for draw in range(50):
         top, left = draw % 5, draw // 5 % 5
         inside = (32 - abs(top - 2)) * (32 - abs(left - 2))

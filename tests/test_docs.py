@@ -233,7 +233,7 @@ def test_named_files_exist(path):
 
 @each_page
 def test_named_modules_and_functions_exist(path):
-    """`ddp_lib.data.load_dataset`, `torch.distributed.all_reduce` and the like."""
+    """`ddp_lib.load_dataset`, `torch.distributed.all_reduce` and the like."""
     for code in code_in(page_text(path)):
         if re.fullmatch(r"(?:ddp_lib|torch)(?:\.[A-Za-z_]\w*)+(?:\(.*\))?", code):
             assert resolves(code.partition("(")[0]), code
@@ -253,5 +253,5 @@ def resolves(name: str) -> bool:
 
 
 def test_a_name_that_is_gone_is_seen():
-    assert resolves("ddp_lib.data.load_dataset") and resolves("torch.nn.Linear")
-    assert not resolves("ddp_lib.data.gone") and not resolves("torch.gone.Linear")
+    assert resolves("ddp_lib.data.dataset.load_dataset") and resolves("torch.nn.Linear")
+    assert not resolves("ddp_lib.data.dataset.gone") and not resolves("torch.gone.Linear")

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddp_lib import launch
-from ddp_lib.stop import StopSignal, signals_to_heed
+from ddp_lib.launch import main as launch
+from ddp_lib.processes.signals import StopSignal, signals_to_heed
 
 ROOT = Path(__file__).parent.parent
 HOST = socket.gethostname()
@@ -25,8 +25,8 @@ LIMIT_S = 60  # for what takes seconds on an idle machine; torch's agent alone i
 # The agent as `ddp-launch train` starts it, around another program than the training.
 AGENT = """
 import sys
-from ddp_lib import launch
-from ddp_lib.failure import as_exit_status
+from ddp_lib.launch import main as launch
+from ddp_lib.processes.exit_status import as_exit_status
 from tests.rank_script import run
 launch._LIMIT_S = float(sys.argv[1])
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
@@ -39,8 +39,8 @@ WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from ddp_lib.errors import UserError
-from ddp_lib.failure import as_exit_status
-from ddp_lib.stop import StopSignal
+from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.signals import StopSignal
 here, rank = Path(__file__).parent, int(os.environ["RANK"])
 def note(name, text=""):
     (here / "new").mkdir(exist_ok=True)
@@ -395,7 +395,7 @@ def python(code: str) -> "subprocess.Popen[str]":
     )
 
 
-STOP = "import os, signal, sys, time\nfrom ddp_lib.stop import StopSignal\n"
+STOP = "import os, signal, sys, time\nfrom ddp_lib.processes.signals import StopSignal\n"
 READY = 'print("ready")'
 # Each: what the process does, and the status it has after SIGTERM and within the limit.
 STOPS = {
@@ -547,7 +547,7 @@ FLAGS = """--nnodes --nproc-per-node --rdzv-endpoint --max-restarts --data --epo
 )
 def test_help_is_quick(args, shown):
     code = (
-        "import sys\nfrom ddp_lib.launch import main\n"
+        "import sys\nfrom ddp_lib.launch.main import main\n"
         f"try:\n    status = main({args})\nexcept SystemExit as leaving:\n    status = leaving.code\n"
         "assert not status\n"
         "assert not {'torch', 'matplotlib', 'pandas'} & set(sys.modules)"
@@ -659,9 +659,9 @@ def test_who_starts_the_rank(environment, flags, expected, monkeypatch):
 
 
 def test_plot_prints_what_it_wrote(monkeypatch, capsys):
-    import ddp_lib.plots
+    import ddp_lib.report.plots
 
-    monkeypatch.setattr(ddp_lib.plots, "plot_run", lambda folder, out: (folder, out))
+    monkeypatch.setattr(ddp_lib.report.plots, "plot_run", lambda folder, out: (folder, out))
     assert launch.main(["plot", "runs/a"]) == 0
     assert launch.main(["plot", "runs/a", "--out", "b.png"]) == 0
     assert capsys.readouterr().out == "('runs/a', None)\n('runs/a', 'b.png')\n"

@@ -2,12 +2,12 @@
 
 import pytest
 
-from ddp_lib import network
+from ddp_lib.distributed import addresses as network
+from ddp_lib.distributed.addresses import Endpoint, meanings, name_interface, own_address
+from ddp_lib.distributed.probe import Probe, bandwidth, connect, connect_all
 from ddp_lib.errors import UserError
-from ddp_lib.network import Endpoint, meanings, name_interface, own_address
-from ddp_lib.options import CheckOptions, LaunchOptions, read_launch
-from ddp_lib.probe import Probe, bandwidth, connect, connect_all
-from ddp_lib.verdict import causes, table
+from ddp_lib.launch.diagnosis import causes, table
+from ddp_lib.launch.options import CheckOptions, LaunchOptions, read_launch
 
 OWN = {"127.0.0.1": "lo", "::1": "lo", "10.0.0.5": "eth0", "fe80::5": "eth0"}
 NAMES = {

@@ -120,7 +120,8 @@ def test_a_rank_imports_nothing_to_wrap_a_model_in_ddp():
 def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
     import multiprocessing
 
-    from ddp_lib import forkserver, local_ranks
+    from ddp_lib.notebook import rank_pool as local_ranks
+    from ddp_lib.processes import forkserver
 
     def spawn():
         return multiprocessing.get_context("spawn")

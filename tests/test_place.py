@@ -2,8 +2,8 @@
 
 import pytest
 
+from ddp_lib.distributed.environment import Place, first_host, read_place, tasks_per_node
 from ddp_lib.errors import UserError
-from ddp_lib.place import Place, first_host, read_place, tasks_per_node
 
 FOUR = {"MASTER_ADDR": "m", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
 SLURM = {

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from ddp_lib.errors import UserError
-from ddp_lib.plots import draw_run, global_mean, plot_run, rank_style
-from ddp_lib.runlog import RunLog, read_run
+from ddp_lib.report.plots import draw_run, global_mean, plot_run, rank_style
+from ddp_lib.run_dir.log import RunLog, read_run
 
 
 def write_run(folder, ranks=2, steps=range(60), epochs=1, start_time=100.0):
@@ -141,7 +141,7 @@ def test_ranks_differ_with_and_without_colour():
 def test_pyplot_stays_out(tmp_path):
     write_run(tmp_path)
     code = (
-        "import sys; from ddp_lib.plots import plot_run; plot_run(sys.argv[1]); "
+        "import sys; from ddp_lib.report.plots import plot_run; plot_run(sys.argv[1]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from ddp_lib.errors import UserError
-from ddp_lib.runlog import RunLog, read_events, read_run
+from ddp_lib.run_dir.log import RunLog, read_events, read_run
 
 COLUMNS = "rank start epoch step samples loss lr data_s compute_s step_s time".split()
 

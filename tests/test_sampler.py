@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from ddp_lib.data.sampler import TrainSampler, eval_batches
 from ddp_lib.errors import UserError
-from ddp_lib.sampler import TrainSampler, eval_batches
 
 
 class Sized:

@@ -3,7 +3,7 @@
 import pytest
 
 from ddp_lib import UserError, World, run_ranks
-from ddp_lib.scaling import (
+from ddp_lib.report.scaling import (
     Link,
     Step,
     efficiency,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_lib import RankError, TrainConfig, checkpoint, read_run, run_ranks
+from ddp_lib import RankError, TrainConfig, read_run, run_ranks
+from ddp_lib.run_dir import checkpoint
 
 pytestmark = pytest.mark.ranks
 
@@ -39,8 +40,8 @@ def train(
     """One rank's training; it kills itself in the middle of step `die_at`. behind: how many steps
     the host reads behind the device, which is 1 on a GPU."""
     from ddp_lib import World, fit
-    from ddp_lib.steps import Steps
     from ddp_lib.train import Trainer
+    from ddp_lib.training.metrics import Steps
 
     Steps.behind = behind
 
@@ -88,9 +89,9 @@ def test_same_images_on_any_number_of_ranks(tmp_path, images_folder, shared_cach
 
 def count_right(weights: str, images: str, cache: str, model: str) -> tuple[int, int]:
     from ddp_lib import World, evaluate
-    from ddp_lib.checkpoint import load_weights
-    from ddp_lib.data import load_dataset
+    from ddp_lib.data.dataset import load_dataset
     from ddp_lib.model import build_model
+    from ddp_lib.run_dir.checkpoint import load_weights
 
     data = load_dataset(images, cache)
     net = build_model(model, len(data.classes))

@@ -12,13 +12,13 @@ import time
 import pytest
 import torch
 
-from ddp_lib.devices import choose_backend, keep_freed_memory, thread_budget
+from ddp_lib.distributed.addresses import Endpoint, first_hit
+from ddp_lib.distributed.coordination import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.device import choose_backend, keep_freed_memory, thread_budget
+from ddp_lib.distributed.store import reach_store
+from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
-from ddp_lib.network import Endpoint, first_hit
-from ddp_lib.notebook import run_ranks
-from ddp_lib.store import reach_store
-from ddp_lib.transfer import broadcast_bytes, gather_bytes
-from ddp_lib.world import World
+from ddp_lib.notebook.run_ranks import run_ranks
 
 JOIN = """
 import sys
@@ -274,8 +274,8 @@ def test_nothing_of_a_failed_attempt_goes_on():
 LOOK = """
 import socket, threading, time
 import torch.distributed as dist
-from ddp_lib.network import Endpoint
-from ddp_lib.store import _look_for_rival
+from ddp_lib.distributed.addresses import Endpoint
+from ddp_lib.distributed.store import _look_for_rival
 
 server = socket.create_server(("127.0.0.1", 0))
 endpoint = Endpoint("127.0.0.1", server.getsockname()[1])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 
 from ddp_lib import SimpleModel, TrainConfig
-from ddp_lib.data import Split, load_dataset
+from ddp_lib.data.dataset import Split, load_dataset
 
 GLOBAL_BATCH = 128
 RANK = int(os.environ.get("RANK", 0))

@@ -2,7 +2,7 @@
 
 import torch
 
-from ddp_lib.replica import weights_sha256
+from ddp_lib.training.ddp import weights_sha256
 
 
 def wrong_1_a(attempts):

@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 from machines import Lab, Machine, Program
 
-from ddp_lib import read_events, read_run
+from ddp_lib import read_run
+from ddp_lib.run_dir.log import read_events
 
 TESTS = Path(__file__).parents[1]
 LIMIT_S = 600  # for what takes some ten seconds on an idle computer

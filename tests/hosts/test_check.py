@@ -9,7 +9,7 @@ FLAGS = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=10.77.0.10:29500")
 # Another clock, another torch, GPUs: the machines share this computer's.
 PATCHED = """
 import sys, time
-from ddp_lib.launch import main
+from ddp_lib.launch.main import main
 import torch
 true_time = time.time
 {}

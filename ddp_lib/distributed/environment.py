@@ -1,0 +1,166 @@
+"""Where this process stands among the ranks, read from flags and environment before any socket opens."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ddp_lib.distributed.addresses import Endpoint, port_number
+from ddp_lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank and world size, on this machine and in all, and where the master is."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    master_addr: str = ""
+    master_port: int = 0
+    source: str = "alone"
+
+    @property
+    def one_machine(self) -> bool:
+        return self.local_world_size == self.world_size
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where rank 0 hosts the store."""
+        return Endpoint(self.master_addr, self.master_port)
+
+
+def read_place(environ: Mapping[str, str], **flags: int | str | None) -> Place:
+    """The place that the flags (`rank=`, `world_size=`, ...), RANK and its companions, or SLURM give.
+
+    In this order; a process with none of them is alone. Raises UserError, naming the variable, its
+    value and the cure, where they are incomplete or contradict each other.
+    """
+    given = {name.upper(): str(value) for name, value in flags.items() if value is not None}
+    env = {**environ, **given}
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_rank(env)
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        return _from_slurm(env)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name in env:
+            raise UserError(
+                f"{name}={env[name]!r} is set, but RANK and WORLD_SIZE are not: "
+                f"set them too (RANK=0 on the master), or unset {name} to train alone"
+            )
+    return Place()
+
+
+def _number(env: Mapping[str, str], name: str, cure: str, default: int | None = None) -> int:
+    text = env.get(name, "")
+    if not text.strip():
+        if default is not None and name not in env:
+            return default
+        raise UserError(f"{name} is {'empty' if name in env else 'not set'}: {cure}")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not a whole number: {cure}") from None
+
+
+def _check_range(name: str, value: int, limit_name: str, limit: int) -> None:
+    if not 0 <= value < limit:
+        raise UserError(
+            f"{name}={value} is out of range for {limit_name}={limit}: give 0 to {limit - 1}"
+        )
+
+
+def _from_rank(env: Mapping[str, str]) -> Place:
+    world_size = _number(env, "WORLD_SIZE", "set it to the number of ranks in all, 1 or more")
+    if world_size < 1:
+        raise UserError(
+            f"WORLD_SIZE={world_size} is too small: set the number of ranks in all, 1 or more"
+        )
+    rank = _number(
+        env, "RANK", f"set it to this process's number, 0 to {world_size - 1}; 0 on the master"
+    )
+    _check_range("RANK", rank, "WORLD_SIZE", world_size)
+    # Without LOCAL_RANK the contract is one process a machine, as with `docker run -e RANK=...`.
+    local_world_size = _number(
+        env, "LOCAL_WORLD_SIZE", "set the number of ranks on this machine", 1
+    )
+    if not 1 <= local_world_size <= world_size:
+        raise UserError(
+            f"LOCAL_WORLD_SIZE={local_world_size} is out of range for WORLD_SIZE={world_size}: "
+            f"give 1 to {world_size}"
+        )
+    local_rank = _number(env, "LOCAL_RANK", "set this process's number on its machine, from 0", 0)
+    _check_range("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
+    node = _number(env, "GROUP_RANK", "set the machine's number, from 0", rank // local_world_size)
+    master_addr, master_port = env.get("MASTER_ADDR", "").strip(), env.get("MASTER_PORT")
+    if world_size > 1 and not master_addr:
+        raise UserError("MASTER_ADDR is not set: set it to the address or name of rank 0's machine")
+    if world_size > 1 and master_port is None:
+        raise UserError(
+            "MASTER_PORT is not set: set the same free port on every machine, such as 29500"
+        )
+    port = port_number("MASTER_PORT", master_port) if master_port is not None else 0
+    return Place(
+        rank, world_size, local_rank, local_world_size, node, master_addr, port, "environment"
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Place:
+    cure = "start the ranks with srun"
+    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    world_size = _number(env, size_name, cure)
+    if world_size < 1:
+        raise UserError(f"{size_name}={world_size} is too small: {cure}")
+    rank = _number(env, "SLURM_PROCID", cure)
+    _check_range("SLURM_PROCID", rank, size_name, world_size)
+    node = _number(env, "SLURM_NODEID", cure, 0)
+    tasks = (
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    )
+    per_node = tasks_per_node(tasks)
+    local_world_size = per_node[min(node, len(per_node) - 1)]
+    local_rank = _number(env, "SLURM_LOCALID", cure)
+    _check_range("SLURM_LOCALID", local_rank, "SLURM_STEP_TASKS_PER_NODE", local_world_size)
+    nodes = (
+        env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    )
+    addr = env.get("MASTER_ADDR", "").strip() or first_host(nodes or "")
+    if world_size > 1 and not addr:
+        raise UserError("SLURM_JOB_NODELIST is not set: set MASTER_ADDR to rank 0's machine")
+    if "MASTER_PORT" in env:
+        port = port_number("MASTER_PORT", env["MASTER_PORT"])
+    else:
+        # Two jobs on one machine need different ports; below the range that systems hand out.
+        job = _number(env, "SLURM_JOB_ID", cure, 0) * 17 + _number(env, "SLURM_STEP_ID", cure, 0)
+        port = 20000 + job % 10000
+    return Place(rank, world_size, local_rank, local_world_size, node, addr, port, "SLURM")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if not match:
+            raise UserError(
+                f"SLURM_TASKS_PER_NODE={text!r} is not understood: start the ranks with srun"
+            )
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """First name of SLURM's "gpu[07-09,12],login1": "gpu07"."""
+    name = re.match(r"[^,\[]*", nodelist)
+    prefix = name[0] if name else ""
+    rest = nodelist[len(prefix) :]
+    if not rest.startswith("["):
+        return prefix
+    inside, _, suffix = rest[1:].partition("]")
+    first = re.split(r"[,-]", inside)[0]
+    return (
+        first_host(prefix + first + suffix)
+        if "[" in suffix.split(",")[0]
+        else (prefix + first + suffix.split(",")[0])
+    )

@@ -1,0 +1,286 @@
+"""The key-value store at the master: reaching the master or being it, hosting the store, connecting."""
+
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ddp_lib.distributed.addresses import (
+    Endpoint,
+    first_hit,
+    is_here,
+    is_loopback,
+    meanings,
+    own_addresses,
+    resolve,
+)
+from ddp_lib.distributed.environment import Place
+from ddp_lib.errors import UserError, first_line
+
+# Between two attempts to reach a master that is not there yet.
+_RETRY_S = 0.2
+
+
+def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
+    """Returns when the endpoint's host resolves; UserError after `join_timeout_s`."""
+    deadline = time.monotonic() + join_timeout_s - _RETRY_S
+    if not first_hit(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
+        raise UserError(
+            f"{endpoint.host_name} does not resolve: check the name, or give an address "
+            f"(tried for {round(join_timeout_s, 1):g} s; --join-timeout-s sets it)"
+        )
+
+
+def wait_for_master(
+    endpoint: Endpoint,
+    join_timeout_s: float,
+    one_machine: bool = True,
+    silence_s: float | None = None,
+) -> str:
+    """The address at which the master listens, as soon as it does.
+
+    A name that does not resolve yet (compose, Kubernetes) and a master that is not started yet are
+    tried again until `join_timeout_s` is over; then a UserError says how far it got. silence_s: how
+    long to bear it that packets vanish, where the master's machine is known to be up.
+    """
+    began = time.monotonic()
+    wait_for_name(endpoint, join_timeout_s)
+    while True:
+        limit_s = join_timeout_s
+        trouble = f"{endpoint.host_name} does not resolve any more: check the name"
+        for address in meanings(endpoint, one_machine):
+            try:
+                left = began + join_timeout_s - time.monotonic()
+                socket.create_connection(
+                    (address, endpoint.port), timeout=max(0.1, min(5.0, left))
+                ).close()
+                return address
+            except ConnectionRefusedError:
+                trouble = (
+                    f"nobody listens on {endpoint}: "
+                    "start rank 0 there, and check that both name its machine"
+                )
+            except OSError as error:
+                trouble = (
+                    f"no answer from {endpoint} ({error.strerror or error}): "
+                    "check the address, and that no firewall closes the port"
+                )
+                limit_s = join_timeout_s if silence_s is None else min(silence_s, join_timeout_s)
+        if time.monotonic() + _RETRY_S > began + limit_s:
+            names = meanings(endpoint, one_machine)
+            if names and is_loopback(names[-1]) and not is_loopback(endpoint.host):
+                trouble += (
+                    f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
+                )
+            raise UserError(
+                f"{trouble} (tried for {round(limit_s, 1):g} s; --join-timeout-s sets it)"
+            )
+        time.sleep(_RETRY_S)
+
+
+def listen(
+    endpoint: Endpoint, join_timeout_s: float, one_machine: bool
+) -> tuple[socket.socket, str]:
+    """A listening socket for the store, and the address at which this process reaches it.
+
+    It listens on the address that the others use and on no other: the store has no password. Where
+    the endpoint is no address of this machine (a published container port), or a name that means
+    loopback here on a machine with several outward addresses, it has to listen on all.
+    """
+    wait_for_name(endpoint, join_timeout_s)
+    mine = own_addresses()
+    found = meanings(endpoint, one_machine)
+    usable = [a for a in found if a in mine or is_loopback(a)]
+    outward = [a for a in usable if not is_loopback(a)]
+    guessed = found != resolve(endpoint.host, endpoint.port)
+    everywhere = not usable or (guessed and len(outward) != 1)
+    ipv6 = ":" in (usable or found)[0]
+    address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
+    server = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ipv6 and everywhere:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        server.bind((address, endpoint.port))
+        server.listen(1024)
+    except OSError as error:
+        server.close()
+        raise PortTaken(
+            f"{endpoint.port_name} cannot be opened on {endpoint.host} ({error.strerror}): "
+            "end the program that has it, or choose another port on every machine"
+        ) from None
+    return server, ("::1" if ipv6 else "127.0.0.1") if everywhere else address
+
+
+class PortTaken(UserError):
+    """Another program has the port; perhaps another process of this job."""
+
+
+# A rank that torchrun started knows that the master's machine is up: packets that vanish so long
+# are a firewall's doing. Three have been sent by then.
+_SILENCE_S = 5.0
+# How long torch may take to give up connecting, over its limit: a stack dump alone takes it seconds.
+_GIVE_UP_S = 30.0
+
+
+def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
+    """The key-value store at the master: hosted by rank 0, or already by torchrun's agent."""
+    by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = place.rank == 0 and not by_agent
+    if hosts:
+        store = host_store(place.endpoint, join_timeout_s, place.one_machine)
+    else:
+        silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
+        store = reach_store(place.endpoint, join_timeout_s, place.one_machine, silence_s)
+    # After a restart torchrun's agent's store still holds the keys of the attempt before. A store of
+    # rank 0's own is new each time; and each agent counts its own failures alone, so that after one
+    # machine's the counts differ.
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
+    prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+    ours = dist.PrefixStore(prefix, store)
+    if hosts:
+        me = f"{socket.gethostname()} {os.urandom(8).hex()}"
+        ours.set("host", me)
+        if not is_here(place.endpoint):
+            look = (place.endpoint, prefix, ours, me, time.monotonic() + join_timeout_s)
+            threading.Thread(target=_look_for_rival, args=look).start()
+    return ours
+
+
+def _look_for_rival(
+    endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float
+) -> None:
+    """Rank 0 on a machine that has not MASTER_ADDR: does another rank 0 answer there?
+
+    If this one does, its port is published, as a container's may be. If another does, both get to
+    know it. Python waits for this thread before it goes down, some seconds at most: one that comes
+    back from C++ after that would abort.
+    """
+    while time.monotonic() < until and threading.main_thread().is_alive():
+        try:
+            address = wait_for_master(endpoint, 1.0)
+            theirs = dist.PrefixStore(prefix, _client(address, endpoint.port, 6.0))
+            if theirs.check(["host"]):
+                other = theirs.get("host").decode()
+                if other != me:
+                    text = (
+                        f"RANK=0 is set on {other.split()[0]}, which has {endpoint}, and on "
+                        f"{me.split()[0]}, which has not: give each a number of its own"
+                    )
+                    for store in (theirs, ours):
+                        store.compare_set("told", "", text)
+                return
+        except (UserError, RuntimeError, ValueError, TimeoutError):
+            time.sleep(0.5)
+
+
+def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> dist.TCPStore:
+    """Hosts it here, on the address towards the peers and no other; PortTaken where that fails."""
+    server, address = listen(endpoint, join_timeout_s, one_machine)
+    return dist.TCPStore(
+        address,
+        server.getsockname()[1],
+        None,
+        True,
+        timedelta(seconds=join_timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
+
+
+def reach_store(
+    endpoint: Endpoint, join_timeout_s: float, one_machine: bool, silence_s: float | None = None
+) -> dist.TCPStore:
+    """A client of the store, as soon as it is there.
+
+    UserError where something else answers, or nothing does.
+    """
+    began = time.monotonic()
+    address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
+    left_s = max(2.0, began + join_timeout_s - time.monotonic())
+    try:
+        with _without_stderr():
+            found = _client(address, endpoint.port, left_s)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"{endpoint} answers, but not as a PyTorch store ({first_line(error)}): "
+            "another program has this port, choose a free one"
+        ) from error
+    found.set_timeout(timedelta(seconds=join_timeout_s))
+    return found
+
+
+def _client(address: str, port: int, limit_s: float) -> dist.TCPStore:
+    """Connects in a thread: torch waits without limit for the first word of a program that accepts.
+
+    TimeoutError where it is silent; torch's error where it says another word.
+    """
+    # The port has answered, so a store says so at once. The rest is for torch to give up.
+    wait = timedelta(seconds=limit_s / 2)
+    others = _connections((address, port))
+    outcome: list[dist.TCPStore | Exception] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(dist.TCPStore(address, port, None, False, wait, wait_for_workers=False))
+        except (RuntimeError, ValueError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    silent = not outcome
+    # A thread that comes back from C++ while the interpreter goes down would abort it: the end of its
+    # connection ends its wait.
+    until = time.monotonic() + _GIVE_UP_S
+    while thread.is_alive() and time.monotonic() < until:
+        for file in _connections((address, port)) - others:
+            _hang_up(file)
+        thread.join(0.1)
+    found = TimeoutError("it accepts and is silent") if silent else outcome[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _connections(peer: tuple[str, int]) -> set[int]:
+    """The descriptors of this process's connections to `peer`, also of those that C++ has opened.
+
+    /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
+    """
+    names = (peer, (f"::ffff:{peer[0]}", peer[1]))
+    found = set()
+    for file in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed meanwhile, or connected to nobody
+            if stat.S_ISSOCK(os.fstat(file).st_mode):
+                with socket.socket(fileno=os.dup(file)) as connection:
+                    if connection.getpeername()[:2] in names:
+                        found.add(file)
+    return found
+
+
+def _hang_up(file: int) -> None:
+    """Ends a connection: whoever waits for its next word gets an error."""
+    with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Keeps the C++ side's stack dumps off the screen: its exception says the same in one line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

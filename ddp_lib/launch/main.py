@@ -1,0 +1,189 @@
+"""ddp-launch: starts the ranks of this machine with torch's own elastic agent, or joins as one."""
+
+import dataclasses
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ddp_lib.cli import parse
+from ddp_lib.config import TrainConfig
+from ddp_lib.distributed.addresses import join_host
+from ddp_lib.errors import UserError
+from ddp_lib.launch.options import (
+    CheckOptions,
+    LaunchOptions,
+    count_ranks,
+    pet_variables,
+    read_launch,
+    usable_cores,
+)
+from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.forkserver import start_server
+from ddp_lib.processes.signals import AGENT, StopSignal, end_all_below
+
+USAGE = """usage: ddp-launch {train,check,plot} ...
+
+  train   train on this machine or on several: ddp-launch train --help
+  check   on every machine: say why they would not train together: ddp-launch check --help
+  plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
+"""
+# What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
+PRELOAD = ["ddp_lib.train", "torch._dynamo"]
+# After a signal all are gone by then: half a second later than the ranks' own limit (stop.py).
+_LIMIT_S = 4.5
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Trains on this machine, or on several."""
+
+    launch: LaunchOptions
+    training: TrainConfig
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """Says why machines would not train together; run it on every one of them."""
+
+    launch: LaunchOptions
+    check: CheckOptions
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Draws a run's losses, accuracy and speed."""
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of the run."""
+    out: str = ""
+    """File to write; loss.png in the run's folder if not given."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The ddp-launch script; returns its exit status."""
+    args = sys.argv[1:] if argv is None else argv
+    with as_exit_status() as outcome:
+        match args[:1]:
+            case ["train"]:
+                outcome.status = train(args[1:])
+            case ["check"]:
+                outcome.status = check(args[1:])
+            case ["plot"]:
+                outcome.status = plot(args[1:])
+            case ["-h" | "--help"]:
+                print(USAGE, end="")
+            case []:
+                raise UserError("no command given: use ddp-launch train, check or plot")
+            case [other, *_]:
+                raise UserError(f"{other!r} is no command: use ddp-launch train, check or plot")
+    return outcome.status
+
+
+def plot(args: list[str]) -> int:
+    options = parse(PlotOptions, args, "ddp-launch plot")
+    from ddp_lib.report.plots import plot_run
+
+    print(plot_run(options.run_dir, options.out or None))
+    return 0
+
+
+def check(args: list[str]) -> int:
+    given = parse(CheckCommand, args, "ddp-launch check")
+    from ddp_lib.launch.check import run_check
+
+    return run_check(given.launch, given.check)
+
+
+def train(args: list[str]) -> int:
+    given = parse(TrainCommand, args, "ddp-launch train")
+    names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(LaunchOptions)}
+    ours, theirs = _split(args, names)
+    if not (ours or pet_variables()) and _placed_from_outside():
+        from ddp_lib.train import main as rank_main
+
+        return rank_main(theirs)
+    if given.launch.dry_run:
+        return dry_run(given.launch, given.training.join_timeout_s, theirs)
+    from ddp_lib.train import as_rank
+
+    return start_agent(given.launch, given.training.join_timeout_s, as_rank, theirs)
+
+
+def dry_run(options: LaunchOptions, join_timeout_s: float, training: list[str]) -> int:
+    from ddp_lib.launch.torchrun_command import plain_command
+
+    launch = read_launch(options)
+    nproc = count_ranks(launch.nproc)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // nproc))
+    print(plain_command(launch, nproc, threads, join_timeout_s, training))
+    return 0
+
+
+def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """The launcher's flags with their values, and all others, which go to the ranks as they are."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    rest = iter(args)
+    for word in rest:
+        flag, has_value, _ = word.partition("=")
+        if flag.replace("_", "-") in names:
+            ours += (
+                [word] if has_value or flag.replace("_", "-") == "--dry-run" else [word, next(rest)]
+            )
+        else:
+            theirs.append(word)
+    return ours, theirs
+
+
+def _placed_from_outside() -> bool:
+    """Whether somebody else (docker run -e, srun, torchrun) has given this process its rank."""
+    env = os.environ
+    return bool({"RANK", "WORLD_SIZE", "MASTER_ADDR"} & env.keys()) or (
+        "SLURM_PROCID" in env
+        and "SLURM_STEP_ID" in env
+        and env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS")) != "1"
+    )
+
+
+def start_agent(
+    options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], flags: list[str]
+) -> int:
+    """Runs `rank(*flags)` as this machine's ranks; returns 0, or the status of the first that failed."""
+    launch = read_launch(options)
+    with StopSignal(_LIMIT_S, _end_now, impatient=True):
+        nproc = count_ranks(launch.nproc)
+        # Before torch loads, which reads it.
+        threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
+        # With the agent's store shared, a restart of the ranks meets the keys of those that died.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        where = ""
+        if launch.endpoint is not None:
+            meeting = join_host(launch.endpoint.host, launch.endpoint.port)
+            where = f", one of {launch.nodes_text} machines, meeting at {meeting},"
+        print(
+            f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where or ','} "
+            f"OMP_NUM_THREADS={threads} a rank",
+            flush=True,
+        )
+        os.environ[AGENT] = "1"
+        try:
+            # Passed on to multiprocessing's resource tracker: where all is ended at once it tidies up,
+            # and need not say so.
+            sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+            start_server(PRELOAD)  # it imports torch while the agent does
+            from ddp_lib.launch.agent import run_agent
+
+            return run_agent(rank, flags, nproc, launch, join_timeout_s)
+        finally:
+            del os.environ[AGENT]
+
+
+def _end_now(number: int) -> None:
+    """Called from a thread when the time to leave is over, or at the second Ctrl-C."""
+    end_all_below()
+    os._exit(128 + number)

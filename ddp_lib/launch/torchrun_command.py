@@ -1,0 +1,39 @@
+"""ddp-launch train --dry-run: the torchrun command that does the same on this machine."""
+
+import os
+import shlex
+
+from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address
+from ddp_lib.launch.options import Launch
+
+
+def plain_command(
+    launch: Launch, nproc: int, threads: str, join_timeout_s: float, training: list[str]
+) -> str:
+    """One line for a shell: environment, torchrun, its flags, and the training's.
+
+    What it cannot say: torchrun opens its store on all addresses, and, unless --node-rank is given,
+    may make another machine's rank number 0.
+    """
+    environment = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    names = (*environment, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    environment |= {name: os.environ[name] for name in names if name in os.environ}
+    words = f"torchrun --nnodes {launch.nodes_text} --nproc-per-node {nproc}".split()
+    words += ["--max-restarts", str(launch.max_restarts)]
+    endpoint = launch.endpoint
+    if endpoint is None:
+        words += ["--standalone"]
+    else:
+        name_interface(endpoint, False, environment)
+        if launch.node_rank is not None:
+            words += f"--node-rank {launch.node_rank} --master-addr {endpoint.host}".split()
+            words += ["--master-port", str(endpoint.port)]
+        else:
+            seconds = max(1, round(join_timeout_s))
+            conf = f"is_host={int(is_here(endpoint))},join_timeout={seconds},read_timeout={seconds}"
+            where = join_host(endpoint.host, endpoint.port)
+            words += f"--rdzv-backend c10d --rdzv-endpoint {where} --rdzv-id {launch.job}".split()
+            words += ["--rdzv-conf", conf, "--local-addr", own_address(endpoint, False)]
+    words += ["-m", "ddp_lib.train", *training]
+    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    return " ".join(settings + [shlex.quote(word) for word in words])

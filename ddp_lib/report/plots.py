@@ -1,0 +1,209 @@
+"""Pictures of a run, from its folder: loss by rank, test accuracy, images/s.
+
+Figures are made without pyplot, so nothing global changes and no window opens.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddp_lib.errors import UserError
+from ddp_lib.run_dir.log import read_events, read_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LineStyle = str | tuple[int, tuple[int, ...]]
+
+# Okabe and Ito's set for colour-blind readers (2008), without yellow, too pale on white, and
+# without black, which is the mean of all ranks. Neighbours differ in lightness too.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# One more than colours, so that a pair repeats only after 42 ranks; 7 ranks differ without colour.
+_LINE_STYLES: tuple[LineStyle, ...] = (
+    "-",
+    (0, (4, 1)),
+    (0, (1, 1)),
+    (0, (6, 1, 1, 1)),
+    (0, (9, 2)),
+    (0, (4, 1, 1, 1, 1, 1)),
+    (0, (2, 2)),
+)
+_MANY_RANKS = 8  # above: thinner lines, and no unsmoothed ones behind
+_LEGEND_RANKS = 24
+
+
+def rank_style(rank: int) -> tuple[str, LineStyle]:
+    """Colour (hex) and line style (as matplotlib takes it) of a rank, the same in every figure."""
+    return _COLORS[rank % len(_COLORS)], _LINE_STYLES[rank % len(_LINE_STYLES)]
+
+
+def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Draws the run in `folder` to `out` (default `folder`/loss.png) and returns where it is.
+
+    The ending of `out` chooses the format (.png, .svg, .pdf). UserError where there is no log, or
+    no step in it.
+    """
+    figure = draw_run(folder)
+    path = Path(folder) / "loss.png" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_run(folder: str | Path) -> "Figure":
+    """The figure of `plot_run`: three panels, one above the other."""
+    from matplotlib.figure import Figure
+
+    steps, events = read_run(folder), read_events(folder)
+    if steps.empty:
+        raise UserError(f"{folder} has no step in its logs yet: plot it when the run has begun")
+    ranks = steps["rank"].nunique()
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    loss, accuracy, speed = figure.subplots(3, 1, height_ratios=[3, 2, 2])
+    _draw_loss(loss, steps)
+    _draw_speed(speed, steps)
+    _draw_accuracy(accuracy, events)
+    _mark_restarts([loss, speed], events)
+    title = f"{Path(folder).resolve().name}: {ranks} rank{'s' if ranks > 1 else ''}"
+    figure.suptitle(f"{title}, {steps['step'].nunique():,} steps")
+    _legend(figure, loss)
+    return figure
+
+
+def global_mean(steps: "pd.DataFrame") -> "pd.Series":
+    """Mean loss over all images of each step, by step; `steps` as from read_run.
+
+    A rank counts by its images: the mean of the ranks' means is wrong where they differ in number.
+    """
+    import numpy as np
+    import pandas as pd
+
+    at, numbers = pd.factorize(steps["step"], sort=True)
+    images = np.bincount(at, weights=steps["samples"])
+    # bincount and not groupby: a loss that is NaN on one rank makes the step's mean NaN.
+    total = np.bincount(at, weights=steps["loss"] * steps["samples"])
+    return pd.Series(total / images, index=numbers)
+
+
+def _draw_loss(axes: "Axes", steps: "pd.DataFrame") -> None:
+    window = _window(steps)
+    by_rank = _by_rank(steps)
+    for rank, rows in by_rank.items():
+        _rank_line(axes, rank, rows["loss"], _smooth(rows["loss"], window), len(by_rank))
+    if len(by_rank) > 1:
+        mean = _smooth(global_mean(steps), window)
+        axes.plot(mean.index, mean, color="black", linewidth=1.3, label="mean of all images")
+    axes.set(xlabel="step (one global batch)", ylabel="training loss (nats per image)")
+    faint = ", single steps faint" if len(by_rank) <= _MANY_RANKS else ""
+    note = f", mean over {window} steps{faint}" if window > 1 else ""
+    axes.set_title(f"Loss of each rank{note}", fontsize="medium")
+    _whole_ticks(axes)
+
+
+def _draw_speed(axes: "Axes", steps: "pd.DataFrame") -> None:
+    window = _window(steps)
+    by_rank = _by_rank(steps)
+    for rank, rows in by_rank.items():
+        # Images over seconds of the whole window: a mean of speeds would favour the fast steps.
+        smooth = _smooth(rows["samples"], window) / _smooth(rows["step_s"], window)
+        _rank_line(axes, rank, rows["samples"] / rows["step_s"], smooth, len(by_rank))
+    axes.set(xlabel="step (one global batch)", ylabel="images/s of one rank")
+    axes.set_ylim(0, axes.get_ylim()[1])
+    of_step = steps.groupby("step")
+    together = (of_step["samples"].sum() / of_step["step_s"].max()).median()
+    axes.set_title(
+        f"Throughput of each rank; all together {together:,.0f} images/s (median)",
+        fontsize="medium",
+    )
+    _whole_ticks(axes)
+
+
+def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set(xlabel="epochs trained", ylabel="test accuracy (%)")
+    axes.set_title("Accuracy on the test images", fontsize="medium")
+    ended = events[events["event"] == "epoch"]
+    if ended.empty:
+        axes.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    ended = ended.drop_duplicates("epoch", keep="last")
+    epochs, values = [*(ended["epoch"] + 1)], [*ended["test_accuracy"]]
+    axes.plot(epochs, values, "ko-", markersize=5, clip_on=False)  # whole at 100 %, on the edge
+    for at in range(len(epochs)) if len(epochs) <= 20 else [len(epochs) - 1]:
+        axes.annotate(
+            f"{values[at]:.1%}",
+            (epochs[at], values[at]),
+            xytext=(3, -14),
+            textcoords="offset points",
+        )
+    axes.set_xlim(min(epochs) - 0.3, max(epochs) + 0.5)
+    axes.margins(y=0.2)
+    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
+    _whole_ticks(axes)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+
+
+def _by_rank(steps: "pd.DataFrame") -> "dict[int, pd.DataFrame]":
+    return {rank: steps[steps["rank"] == rank].set_index("step") for rank in set(steps["rank"])}
+
+
+def _rank_line(axes: "Axes", rank: int, raw: "pd.Series", smooth: "pd.Series", ranks: int) -> None:
+    color, style = rank_style(rank)
+    few = ranks <= _MANY_RANKS
+    if few:
+        axes.plot(raw.index, raw, color=color, linewidth=0.7, alpha=0.3)
+    axes.plot(
+        smooth.index,
+        smooth,
+        color=color,
+        linestyle=style,
+        linewidth=1.8 if few else 0.8,
+        marker="o" if len(smooth) == 1 else "",  # one point makes no line
+        label=f"rank {rank}",
+    )
+
+
+def _mark_restarts(panels: "list[Axes]", events: "pd.DataFrame") -> None:
+    starts = events[(events["event"] == "start") & (events["rank"] == events["rank"].min())]
+    again = starts[starts["start"] > 0]
+    if not again.empty:
+        for axes in panels:
+            for number, step in enumerate(again["step"]):
+                label = "restart" if number == 0 else None
+                axes.axvline(step, color="0.35", linestyle="--", linewidth=1, label=label)
+
+
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    from matplotlib.lines import Line2D
+
+    lines, labels = axes.get_legend_handles_labels()
+    ranks = [line for line, label in zip(lines, labels, strict=True) if label.startswith("rank ")]
+    others = lines[len(ranks) :]
+    if hidden := len(ranks[_LEGEND_RANKS:]):
+        others = [Line2D([], [], linestyle="none", label=f"and {hidden} more ranks"), *others]
+    figure.legend(
+        handles=ranks[:_LEGEND_RANKS] + others,
+        loc="outside lower center",
+        ncols=5,
+        handlelength=3.5,
+    )
+
+
+def _whole_ticks(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _window(steps: "pd.DataFrame") -> int:
+    """Steps to average over: a thirtieth of the run."""
+    return max(1, steps["step"].nunique() // 30)
+
+
+def _smooth(values: "pd.Series", window: int) -> "pd.Series":
+    """Mean over `window` steps around each; what is not finite is left out."""
+    finite = values.where(abs(values) < float("inf"))
+    return finite.rolling(window, center=True, min_periods=1).mean()

@@ -1,0 +1,74 @@
+"""One rank's copy of the model: wrapped in DDP, and kept equal to the others'."""
+
+import hashlib
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_lib.distributed.coordination import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.world import World
+
+# torch 2.15 renames it; 2.11 knows the old name only.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _PARAMETERS
+}
+if len(_NO_BUFFER_SYNC) == 2:
+    del _NO_BUFFER_SYNC["broadcast_buffers"]
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """`model` in DistributedDataParallel; in a world of one, the model itself.
+
+    Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read
+    them, and `evaluate` and the checkpoints take rank 0's.
+    """
+    if world.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **_NO_BUFFER_SYNC,
+    )
+
+
+def warm_up(net: nn.Module, x: torch.Tensor) -> None:
+    """A throw-away forward and backward, before the state is loaded; a compiled model is compiled.
+
+    DDP rebuilds its buckets after the first backward, in the order in which gradients came. On 3 and
+    more ranks another place in a bucket sums in another order: without this, a resumed run's second
+    step would not have the bits of the unbroken run's.
+    """
+    net.train()
+    net(x).sum().backward()
+    net.zero_grad(set_to_none=True)
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Gives every rank rank 0's buffers (BatchNorm's running statistics)."""
+    if world.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's state on the CPU, in plain memory order."""
+    return {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def weights_sha256(model: nn.Module, world: World) -> list[str]:
+    """Digest of each rank's parameters, in rank order: all equal while the replicas agree."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    digests = broadcast_bytes(world, b"".join(gather_bytes(world, digest.digest())))
+    size = digest.digest_size
+    return [digests[at : at + size].hex() for at in range(0, len(digests), size)]
