@@ -98,20 +98,6 @@ class TrainConfig:
             "write package.module:callable, such as ddp_lib.model:SimpleModel",
         )
 
-    def share(self, world_size: int) -> int:
-        """Images a rank takes each step. UserError where the global batch does not divide."""
-        parts = world_size * self.accumulate
-        if self.global_batch_size % parts:
-            near = max(parts, round(self.global_batch_size / parts) * parts)
-            what = f"{world_size} ranks" + (
-                f" x {self.accumulate} micro-batches" if self.accumulate > 1 else ""
-            )
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} does not divide by {what}: "
-                f"take {near}"
-            )
-        return self.global_batch_size // world_size
-
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

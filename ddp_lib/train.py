@@ -6,82 +6,286 @@ ddp-launch train --nproc-per-node 2 --data shapes              two, by this pack
 """
 
 import sys
+import time
+from dataclasses import asdict
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from ddp_lib.cli import parse
 from ddp_lib.config import TrainConfig
-from ddp_lib.data.dataset import load_dataset
-from ddp_lib.data.sampler import TrainSampler
+from ddp_lib.data.batch import make_batch
+from ddp_lib.data.dataset import Dataset, load_dataset
+from ddp_lib.data.sampler import TrainSampler, batch_share
+from ddp_lib.distributed.coordination import all_reduce_status
 from ddp_lib.distributed.device import keep_freed_memory
+from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.world import World
+from ddp_lib.errors import UserError, first_line
+from ddp_lib.model import build_model
 from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.signals import StopSignal
 from ddp_lib.processes.worker import prepare
-from ddp_lib.run_dir.resume import open_run, warn_of_loss
-from ddp_lib.training.optim import pick_precision
-from ddp_lib.training.trainer import Trainer
+from ddp_lib.run_dir import checkpoint
+from ddp_lib.run_dir.log import RunLog
+from ddp_lib.run_dir.resume import Run, open_run, write_results
+from ddp_lib.training.ddp import (
+    copy_state,
+    gradient_sync,
+    share_buffers,
+    warm_up,
+    weights_sha256,
+    wrap,
+)
+from ddp_lib.training.evaluate import evaluate
+from ddp_lib.training.metrics import EpochMetrics
+from ddp_lib.training.optim import (
+    autocast,
+    dtype_of,
+    make_optimizer,
+    micro_batches,
+    pick_precision,
+    set_learning_rate,
+)
+from ddp_lib.training.progress import Progress
 
 
-def fit(config: TrainConfig, world: World, stop: StopSignal | None = None) -> dict[str, Any]:
-    """Trains as `config` says, resuming where its run folder allows; returns summary.json's content.
+def fit(
+    config: TrainConfig,
+    world: World,
+    stop: StopSignal | None = None,
+    data: Dataset | None = None,
+) -> dict[str, Any]:
+    """Trains as `config` says, resuming if its run folder allows it; returns summary.json's content.
 
-    On the CPU it sets this process's allocator, for good (see `keep_freed_memory`).
-    Raises UserError for a configuration that cannot run, and where a loss is not finite;
-    SystemExit(128 + signal number), after a checkpoint, when `stop` has seen a signal on any rank.
+    data: instead of loading what config.data names.
+    UserError for a configuration that cannot run, and if a loss is not finite. SystemExit(128 + n),
+    after a checkpoint, if `stop` has seen signal n on any rank.
     """
-    config.share(world.world_size)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    warn_of_loss(config, world)
-    # auto may mean bf16 on one machine and fp32 on another.
-    precision = f"--precision {config.precision}, which here"
-    equal = {**config.shared(), precision: pick_precision(config.precision, world.device)[0]}
-    world.compare("flags", equal, "give every machine the same", config.join_timeout_s)
-    data = load_dataset(
-        config.data,
-        config.data_dir,
-        config.data_timeout_s,
-        log=lambda text: world.say(text, every_node=True),
+    stop = stop or StopSignal()
+    share = batch_share(config.global_batch_size, world.world_size, config.accumulate)
+    precision, why = pick_precision(config.precision, world.device)
+    data = load_same_data(config, precision, world, data)
+    sampler = TrainSampler(
+        len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )
+    total_steps = config.epochs * len(sampler)
+    with open_run(config, world, total_steps) as run:
+        if run.finished is not None:
+            world.say(f"{run.folder} is finished; more --epochs would go on from there")
+            return run.finished
+        world.say(f"precision {precision} ({why})")
+        data, dtype = data.to_device(world.device), dtype_of(precision)
+        model, net, optimizer = make_replica(config, world, data, share, precision, run.resumed)
+        step = int(run.resumed["step"]) if run.resumed else 0
+        saved_s = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved_s
+            position = {"step": step, "epoch": step // len(sampler)}
+            save_checkpoint(run, world, config, model, optimizer, position, log)
+            saved_s = time.monotonic()
+
+        def stop_or_save(signal: int, due: bool) -> None:
+            """With what metrics tell every rank alike, so all ranks do it at the same step."""
+            if signal or due:
+                signal = max(signal, metrics.flush()[0])
+                save()
+            if signal:
+                log.end(step, f"signal {signal}")
+                run.sync_logs()
+                progress.say_once(
+                    f"stopped by signal {signal} at step {step} of {total_steps}; "
+                    "the same command goes on from here"
+                )
+                raise SystemExit(128 + signal)
+
+        log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
+        with log, progress, stop.deferred():
+            log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
+            train_loss = images_per_s = evaluation = None
+            for epoch in range(step // len(sampler), config.epochs):
+                model.train()
+                sampler.set_epoch(epoch, start_step=step % len(sampler))
+                augment = (config.seed, epoch) if config.augment else None
+                metrics = EpochMetrics(epoch, config.global_batch_size, world, log, progress)
+                for indices in sampler:
+                    began_s = time.perf_counter()
+                    lr = set_learning_rate(optimizer, config, step, total_steps)
+                    # For dropout: a function of the step, so that resuming needs no state.
+                    torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + world.rank)
+                    x, y = make_batch(data.train, indices, data, world.device, dtype, augment)
+                    data_s = time.perf_counter() - began_s
+                    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+                    for number, (xs, ys) in enumerate(micro_batches(x, y, config.accumulate), 1):
+                        last = number == config.accumulate
+                        with gradient_sync(net, on=last):
+                            with autocast(precision, world.device):
+                                logits = net(xs).to(dtype)
+                            part = F.cross_entropy(
+                                logits, ys, label_smoothing=config.label_smoothing
+                            )
+                            loss += part.detach() / config.accumulate
+                            if last:  # one small all-reduce that hides behind backward
+                                due = time.monotonic() - saved_s > config.checkpoint_every_s
+                                status = all_reduce_status(loss, stop.requested, due, world)
+                            (part / config.accumulate).backward()  # DDP averages the gradients here
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    signal_and_due = metrics.record(step, len(indices), lr, data_s, loss, status)
+                    step += 1
+                    stop_or_save(*signal_and_due)
+                stop_or_save(*metrics.flush())
+                train_loss, images_per_s = metrics.totals()
+                save()
+                evaluation = evaluate(model, data, world)
+                metrics.report(step, train_loss, images_per_s, evaluation)
+                run.sync_logs()
+            # None: killed after the last checkpoint and before the results were written.
+            evaluation = evaluation or evaluate(model, data, world)
+            summary = {
+                "test_accuracy": evaluation.accuracy,
+                "test_correct": evaluation.correct,
+                "test_images": evaluation.images,
+                "test_loss": evaluation.loss,
+                "train_loss": train_loss,
+                "images_per_s": images_per_s,
+                "epochs": config.epochs,
+                "steps": step,
+                "world_size": world.world_size,
+                "backend": world.backend,
+                "precision": precision,
+                "weights_sha256": weights_sha256(model, world),
+                "versions": versions(),
+            }
+            if world.is_main:
+                write_results(run.folder, copy_state(model), summary)
+                progress.say(f"{evaluation}; model in {run.folder}/cifar_net.pth")
+            log.end(step, "finished")
+            run.sync_logs()
+            return summary
+
+
+def load_same_data(
+    config: TrainConfig, precision: str, world: World, data: Dataset | None
+) -> Dataset:
+    """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
+    # auto may mean bf16 on one machine and fp32 on another.
+    equal = {**config.shared(), f"--precision {config.precision}, which here": precision}
+    world.compare("flags", equal, "give every machine the same", config.join_timeout_s)
+    if data is None:
+        data = load_dataset(
+            config.data,
+            config.data_dir,
+            config.data_timeout_s,
+            log=lambda text: world.say(text, every_node=True),
+        )
     images = {
         "the number of training images": len(data.train),
         "the digest of the data": data.digest[:16],
     }
     cure = "copy the same data to every machine"
     world.compare("data", images, cure, config.data_timeout_s)
-    sampler = TrainSampler(
-        len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
-    )
-    with open_run(config, world, config.epochs * len(sampler)) as run:
-        if run.finished is not None:
-            world.say(f"{run.folder} is finished; more --epochs would go on from there")
-            return run.finished
-        trainer = Trainer(config, world, data, sampler, run, stop or StopSignal())
-        trainer.restore(run.resumed)
-        with trainer.stop.deferred():
-            return trainer.run()
+    return data
 
 
-def main(argv: list[str] | None = None) -> int:
-    """One rank as a process: its command line in, its exit status out.
+def make_replica(
+    config: TrainConfig,
+    world: World,
+    data: Dataset,
+    share: int,
+    precision: str,
+    resumed: dict[str, Any] | None,
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """This rank's model, the same wrapped in DDP, and its optimizer; from the checkpoint, if any."""
+    torch.backends.cudnn.deterministic = True
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    model = build_model(config.model, len(data.classes))
+    if config.init_from:
+        checkpoint.load_weights(config.init_from, model)
+    dtype = dtype_of(precision)
+    model.to(world.device, dtype).to(memory_format=torch.channels_last)
+    if config.compile:
+        model.compile()
+    optimizer = make_optimizer(config, model)
+    net = wrap(model, world)
+    weights = resumed["model"] if resumed else copy_state(model)
+    x, _ = make_batch(data.train, torch.arange(share), data, world.device, dtype)
+    try:
+        with autocast(precision, world.device):
+            warm_up(net, x)
+    except RuntimeError as error:
+        if not config.compile:
+            raise
+        raise UserError(
+            f"--compile True: the model cannot be compiled here ({first_line(error)}): install "
+            "a C++ compiler, or leave the flag out"
+        ) from error
+    model.load_state_dict(weights)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+    return model, net, optimizer
+
+
+def save_checkpoint(
+    run: Run,
+    world: World,
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, int],
+    log: RunLog,
+) -> None:
+    """On every disk one rank writes a checkpoint; the others meet it at the next all-reduce."""
+    share_buffers(model, world)
+    if run.is_writer:
+        began = time.perf_counter()
+        state = {
+            "model": copy_state(model),
+            "optimizer": optimizer.state_dict(),
+            **position,
+            "config": asdict(config),
+            "versions": versions(),
+            "began": run.began,
+        }
+        checkpoint.save(run.folder, checkpoint.to_bytes(state))
+        seconds = time.perf_counter() - began
+        log.write(event="checkpoint", step=position["step"], seconds=seconds)
+
+
+def run(config: TrainConfig) -> int:
+    """One rank as a process: trains, and returns its exit status.
 
     0: done; 2: refused, with one line; 128 + n: stopped by signal n, after a checkpoint.
     """
-    with as_exit_status() as outcome, StopSignal() as stop:
-        config = parse(TrainConfig, argv, "ddp_lib.train")
-        with World.join(
+    with (
+        as_exit_status() as outcome,
+        StopSignal() as stop,
+        World.join(
             backend=config.backend,
             join_timeout_s=config.join_timeout_s,
             timeout_s=config.timeout_s,
-        ) as world:
-            fit(config, world, stop)
+        ) as world,
+    ):
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        fit(config, world, stop)
     return outcome.status
 
 
-def as_rank(*flags: str) -> None:
-    """A rank that ddp-launch has forked: the training with these flags; SystemExit with its status."""
+def run_forked(config: TrainConfig) -> None:
+    """A rank that ddp-launch has forked; SystemExit with its status."""
     prepare()
-    sys.exit(main(list(flags)))
+    sys.exit(run(config))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """A rank that torchrun, SLURM or a person has started; `argv`: its flags."""
+    with as_exit_status() as outcome:
+        outcome.status = run(parse(TrainConfig, argv, "ddp_lib.train"))
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ddp_lib import TrainConfig
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.signals import StopSignal, signals_to_heed
 
@@ -31,7 +32,7 @@ from tests.rank_script import run
 launch._LIMIT_S = float(sys.argv[1])
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
 with as_exit_status() as outcome:
-    outcome.status = launch.start_agent(flags, 20.0, run, [sys.argv[2]])
+    outcome.status = launch.start_agent(flags, 20.0, run, sys.argv[2])
 sys.exit(outcome.status)
 """
 # What every worker below starts with: `note` leaves a file, `wait_for` waits for another's.
@@ -641,21 +642,21 @@ def test_who_starts_the_rank(environment, flags, expected, monkeypatch):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    calls: list[tuple[str, list[str]]] = []
+    calls: list[tuple[str, TrainConfig]] = []
 
-    def rank(argv: list[str]) -> int:
-        calls.append(("rank", argv))
+    def rank(config: TrainConfig) -> int:
+        calls.append(("rank", config))
         return 0
 
-    def agent(options: object, join_timeout_s: float, rank: object, flags: list[str]) -> int:
-        calls.append(("agent", flags))
+    def agent(options: object, join_timeout_s: float, rank: object, config: TrainConfig) -> int:
+        calls.append(("agent", config))
         return 0
 
-    monkeypatch.setattr(ddp_lib.train, "main", rank)
+    monkeypatch.setattr(ddp_lib.train, "run", rank)
     monkeypatch.setattr(launch, "start_agent", agent)
     train = ["--epochs", "3", "--run-dir=a b"]
     assert launch.main(["train", *train[:2], *flags, *train[2:]]) == 0
-    assert calls == [(expected, train)]
+    assert calls == [(expected, TrainConfig(epochs=3, run_dir="a b"))]
 
 
 def test_plot_prints_what_it_wrote(monkeypatch, capsys):

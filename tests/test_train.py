@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,32 +33,14 @@ def config(folder, images, cache, **changes) -> TrainConfig:
     return TrainConfig(**(settings | changes))
 
 
-def train(
-    settings: TrainConfig, die_at: int = -1, lose_optimizer: bool = False, behind: int = 0
-) -> dict:
-    """One rank's training; it kills itself in the middle of step `die_at`. behind: how many steps
+def train(settings: TrainConfig, die_at: int = -1, lag: int = 0) -> dict:
+    """One rank's training; its model kills it in the middle of step `die_at`. lag: how many steps
     the host reads behind the device, which is 1 on a GPU."""
     from ddp_lib import World, fit
-    from ddp_lib.train import Trainer
-    from ddp_lib.training.metrics import Steps
+    from ddp_lib.training.metrics import EpochMetrics
 
-    Steps.behind = behind
-
-    real_step, real_restore = Trainer.forward_backward, Trainer.restore
-
-    def step(self, x, y):
-        result = real_step(self, x, y)
-        if self.step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    def restore(self, state):
-        if lose_optimizer and state is not None:
-            state = dict(state)
-            state["optimizer"] = dict(state["optimizer"], state={})
-        real_restore(self, state)
-
-    Trainer.forward_backward, Trainer.restore = step, restore
+    EpochMetrics.lag = lag
+    os.environ["DIE_IN_STEP"] = str(die_at)
     with World.join() as world:
         summary = fit(settings, world)
         assert world.rank == int(os.environ.get("RANK", "0"))
@@ -158,12 +139,12 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
         torch.testing.assert_close(value, ends[3][name], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, behind):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, lag):
     """Also where the second reads its losses a step behind, as on a GPU."""
-    for name, how in (("a", 0), ("b", behind)):
+    for name, how in (("a", 0), ("b", lag)):
         settings = config(tmp_path / name, images_folder, shared_cache, model="models:Lively")
-        run_ranks(train, 2, settings, -1, False, how, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, how, timeout_s=LIMIT_S)
     first, second = ((tmp_path / n / "cifar_net.pth").read_bytes() for n in ("a", "b"))
     assert first == second
     same = ["rank", "epoch", "step", "samples", "loss", "lr"]
@@ -173,11 +154,17 @@ def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shar
 STEPS = 3 * 6  # three steps an epoch, six epochs
 
 
-def killed_and_resumed(folder: Path, settings, ranks: int, step: int, **how) -> bytes:
+def killed_and_resumed(
+    folder: Path, settings, ranks: int, step: int, lose_optimizer=False
+) -> bytes:
     with pytest.raises(RankError, match="SIGKILL"):
         run_ranks(train, ranks, settings, step, timeout_s=LIMIT_S)
     assert not (folder / "cifar_net.pth").exists()
-    run_ranks(train, ranks, settings, -1, how.get("lose_optimizer", False), timeout_s=LIMIT_S)
+    if lose_optimizer:
+        state = checkpoint.from_bytes(checkpoint.find(folder))
+        state["optimizer"]["state"] = {}
+        checkpoint.save(folder, checkpoint.to_bytes(state))
+    run_ranks(train, ranks, settings, timeout_s=LIMIT_S)
     log = read_run(folder, superseded=True)
     again = log[(log["rank"] == 0) & (log["start"] == 1)]["step"]
     last_checkpoint = step // 3 * 3  # one is written at each epoch's end
@@ -208,8 +195,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
     assert lost != unbroken  # the control: the optimizer's state matters, and the test sees it
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, shared_cache, behind):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, shared_cache, lag):
     """With a checkpoint at every step (or every second, where the host reads a step behind), a
     resumed run starts in the middle of an epoch."""
     results = {}
@@ -223,21 +210,21 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
         )
         if die_at >= 0:
             with pytest.raises(RankError, match="SIGKILL"):
-                run_ranks(train, 2, settings, die_at, False, behind, timeout_s=LIMIT_S)
-        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
+                run_ranks(train, 2, settings, die_at, lag, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, lag, timeout_s=LIMIT_S)
         results[name] = (tmp_path / name / "cifar_net.pth").read_bytes()
     log = read_run(tmp_path / "killed", superseded=True)
     assert log[log["start"] == 1]["step"].min() == 5
     assert results["whole"] == results["killed"]
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shared_cache, behind):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shared_cache, lag):
     """Before the next checkpoint, so that the last one stands."""
     changes = {"model": "models:Explodes", "checkpoint_every_s": 1e-9}
     settings = config(tmp_path, images_folder, shared_cache, **changes)
     with pytest.raises(RankError, match="loss of rank 1 is not finite at step 2"):
-        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, lag, timeout_s=LIMIT_S)
     assert not (tmp_path / "cifar_net.pth").exists()
     kept = checkpoint.find(tmp_path, print)
     assert kept is not None and checkpoint.from_bytes(kept)["step"] == 2

@@ -41,8 +41,8 @@ class Dataset:
     std: tuple[float, float, float]
     digest: str
 
-    def near(self, device: torch.device) -> "Dataset":
-        """The same, and on a GPU with room for it the images in its memory: batches are made there."""
+    def to_device(self, device: torch.device) -> "Dataset":
+        """The same; on a GPU with room for the images they are in its memory, and batches are made there."""
         if device.type != "cuda":
             return self
         parts = (self.train, self.test)

@@ -7,6 +7,20 @@ import torch
 from ddp_lib.errors import UserError
 
 
+def batch_share(global_batch_size: int, world_size: int, micro_batches: int = 1) -> int:
+    """Images that each rank takes per step. UserError if ranks and micro-batches cannot be equal."""
+    parts = world_size * micro_batches
+    if global_batch_size < 1 or global_batch_size % parts:
+        nearest = max(1, round(global_batch_size / parts)) * parts
+        ranks = f"{world_size} ranks" + (
+            f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+        )
+        raise UserError(
+            f"global batch size {global_batch_size} does not divide by {ranks}: take {nearest}"
+        )
+    return global_batch_size // world_size
+
+
 class TrainSampler:
     """Index batches of one rank, for a loop or as `DataLoader(batch_sampler=...)`.
 
@@ -23,12 +37,7 @@ class TrainSampler:
     ) -> None:
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
-        if global_batch_size < 1 or global_batch_size % world_size:
-            near = max(1, round(global_batch_size / world_size)) * world_size
-            raise UserError(
-                f"global batch size {global_batch_size} cannot be shared equally by {world_size} "
-                f"ranks: take {near}"
-            )
+        batch_share(global_batch_size, world_size)
         if n < global_batch_size:
             raise UserError(
                 f"{n} training samples make no global batch of {global_batch_size}: "

@@ -5,7 +5,7 @@ Bytes travel as tensors, without pickle.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,31 @@ def broadcast_bytes(world: "World", payload: bytes, source: int = 0) -> bytes:
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(data, source)
     return data.cpu().numpy().tobytes()
+
+
+class Status(NamedTuple):
+    """What the ranks tell each other in a step: on its way until `work` is done.
+
+    flags: int64 (3,) on the device: the highest rank, from 1, with a loss that is not finite (0: none);
+    the highest signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
+    """
+
+    flags: torch.Tensor
+    work: dist.Work | None
+
+
+def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: "World") -> Status:
+    """Starts the all-reduce of a step's `Status`. Called before backward, it hides behind backward's.
+
+    loss: this rank's. signal: the number of a signal that this rank has had, or 0.
+    """
+    flags = torch.tensor([world.rank + 1, signal, save and world.rank == 0])
+    flags = flags.to(world.device, non_blocking=True)
+    flags[0] *= ~torch.isfinite(loss)
+    work = None
+    if world.world_size > 1:
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+    return Status(flags, work)
 
 
 def gather_bytes(world: "World", payload: bytes) -> list[bytes]:

@@ -105,9 +105,13 @@ class Agent(LocalElasticAgent):
 
 
 def run_agent(
-    rank: Callable[..., None], flags: list[str], nproc: int, launch: Launch, join_timeout_s: float
+    rank: Callable[..., None],
+    args: tuple[object, ...],
+    nproc: int,
+    launch: Launch,
+    join_timeout_s: float,
 ) -> int:
-    """Runs `rank(*flags)` as `nproc` ranks here, together with the other machines of `launch`.
+    """Runs `rank(*args)` as `nproc` ranks here, together with the other machines of `launch`.
 
     Returns 0, 128 + n where signal n stopped the agent, or the exit status of the rank that failed
     first, after a line that says why. UserError where the machines do not meet.
@@ -120,7 +124,7 @@ def run_agent(
     try:
         met = open_rendezvous(launch, join_timeout_s)
         try:
-            return _run(rank, flags, nproc, launch, met, join_timeout_s)
+            return _run(rank, args, nproc, launch, met, join_timeout_s)
         except (SignalException, SystemExit):
             if met.notes.heard:  # with this signal the note of another machine stops this one
                 return met.notes.heard[1]
@@ -136,7 +140,7 @@ def run_agent(
 
 def _run(
     rank: Callable[..., None],
-    flags: list[str],
+    args: tuple[object, ...],
     nproc: int,
     launch: Launch,
     met: Rendezvous,
@@ -147,7 +151,7 @@ def _run(
             role="rank",
             local_world_size=nproc,
             entrypoint=rank,
-            args=tuple(flags),
+            args=args,
             rdzv_handler=met.handler,
             max_restarts=launch.max_restarts,
             master_addr=met.master,

@@ -1,6 +1,5 @@
 """ddp-launch: starts the ranks of this machine with torch's own elastic agent, or joins as one."""
 
-import dataclasses
 import os
 import socket
 import sys
@@ -101,43 +100,25 @@ def check(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
-    names = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(LaunchOptions)}
-    ours, theirs = _split(args, names)
-    if not (ours or pet_variables()) and _placed_from_outside():
-        from ddp_lib.train import main as rank_main
+    if given.launch == LaunchOptions() and not pet_variables() and _placed_from_outside():
+        from ddp_lib.train import run
 
-        return rank_main(theirs)
+        return run(given.training)
     if given.launch.dry_run:
-        return dry_run(given.launch, given.training.join_timeout_s, theirs)
-    from ddp_lib.train import as_rank
+        return dry_run(given.launch, given.training)
+    from ddp_lib.train import run_forked
 
-    return start_agent(given.launch, given.training.join_timeout_s, as_rank, theirs)
+    return start_agent(given.launch, given.training.join_timeout_s, run_forked, given.training)
 
 
-def dry_run(options: LaunchOptions, join_timeout_s: float, training: list[str]) -> int:
+def dry_run(options: LaunchOptions, training: TrainConfig) -> int:
     from ddp_lib.launch.torchrun_command import plain_command
 
     launch = read_launch(options)
     nproc = count_ranks(launch.nproc)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // nproc))
-    print(plain_command(launch, nproc, threads, join_timeout_s, training))
+    print(plain_command(launch, nproc, threads, training))
     return 0
-
-
-def _split(args: list[str], names: set[str]) -> tuple[list[str], list[str]]:
-    """The launcher's flags with their values, and all others, which go to the ranks as they are."""
-    ours: list[str] = []
-    theirs: list[str] = []
-    rest = iter(args)
-    for word in rest:
-        flag, has_value, _ = word.partition("=")
-        if flag.replace("_", "-") in names:
-            ours += (
-                [word] if has_value or flag.replace("_", "-") == "--dry-run" else [word, next(rest)]
-            )
-        else:
-            theirs.append(word)
-    return ours, theirs
 
 
 def _placed_from_outside() -> bool:
@@ -151,9 +132,9 @@ def _placed_from_outside() -> bool:
 
 
 def start_agent(
-    options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], flags: list[str]
+    options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], *args: object
 ) -> int:
-    """Runs `rank(*flags)` as this machine's ranks; returns 0, or the status of the first that failed."""
+    """Runs `rank(*args)` as this machine's ranks; returns 0, or the status of the first that failed."""
     launch = read_launch(options)
     with StopSignal(_LIMIT_S, _end_now, impatient=True):
         nproc = count_ranks(launch.nproc)
@@ -178,7 +159,7 @@ def start_agent(
             start_server(PRELOAD)  # it imports torch while the agent does
             from ddp_lib.launch.agent import run_agent
 
-            return run_agent(rank, flags, nproc, launch, join_timeout_s)
+            return run_agent(rank, args, nproc, launch, join_timeout_s)
         finally:
             del os.environ[AGENT]
 

@@ -3,13 +3,12 @@
 import os
 import shlex
 
+from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address
 from ddp_lib.launch.options import Launch
 
 
-def plain_command(
-    launch: Launch, nproc: int, threads: str, join_timeout_s: float, training: list[str]
-) -> str:
+def plain_command(launch: Launch, nproc: int, threads: str, training: TrainConfig) -> str:
     """One line for a shell: environment, torchrun, its flags, and the training's.
 
     What it cannot say: torchrun opens its store on all addresses, and, unless --node-rank is given,
@@ -29,11 +28,20 @@ def plain_command(
             words += f"--node-rank {launch.node_rank} --master-addr {endpoint.host}".split()
             words += ["--master-port", str(endpoint.port)]
         else:
-            seconds = max(1, round(join_timeout_s))
+            seconds = max(1, round(training.join_timeout_s))
             conf = f"is_host={int(is_here(endpoint))},join_timeout={seconds},read_timeout={seconds}"
             where = join_host(endpoint.host, endpoint.port)
             words += f"--rdzv-backend c10d --rdzv-endpoint {where} --rdzv-id {launch.job}".split()
             words += ["--rdzv-conf", conf, "--local-addr", own_address(endpoint, False)]
-    words += ["-m", "ddp_lib.train", *training]
+    words += ["-m", "ddp_lib.train", *flags(training)]
     settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
     return " ".join(settings + [shlex.quote(word) for word in words])
+
+
+def flags(training: TrainConfig) -> list[str]:
+    """The words of a command line that give this configuration: those that are not the defaults."""
+    words = []
+    for name, value in vars(training).items():
+        if value != getattr(TrainConfig(), name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return words

@@ -1,4 +1,4 @@
-"""One job in a run's folder at a time, and on each disk one rank that keeps what is stored there."""
+"""One job in a run's folder at a time, and on each disk one rank that writes what is stored there."""
 
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,31 +12,31 @@ from ddp_lib.errors import UserError
 _SIGNATURE = ".job"
 
 
-def claim(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> list[int]:
-    """Takes `folder` for this job until `stack` closes; returns each rank's keeper.
+def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> list[int]:
+    """Locks `folder` for this job until `stack` closes; returns each rank's writer.
 
-    The keeper of a rank is the rank that writes the checkpoint into the folder which both see.
-    Machines may share a disk or not, and nobody is asked: rank 0, and then the first rank of every
-    machine, tries to lock the folder; who gets the lock signs a file in it; and all who read the
-    same signature share that folder. So it also holds where a file system's locks reach no further
-    than one machine: the last signature counts.
+    The writer of a rank is the rank that writes the checkpoint into the folder that both see. Finds out
+    which machines share a disk: rank 0, and then the first rank of every machine, tries to lock the
+    folder; who gets the lock signs a file in it; and all who read the same signature share that folder.
+    So it also holds if a file system's locks reach no further than one machine: the last signature
+    counts.
 
-    UserError, on every rank, where another job has the folder on any machine, or it is not writable.
+    UserError, on every rank, if another job has the folder on any machine, or if it is not writable.
     """
 
-    def first() -> str:
+    def sign_first() -> str:
         job = uuid4().hex
         if not _try_lock(folder, stack, f"{job} 0"):
             raise _in_use(folder)
         return job
 
-    job = world.from_main("job", first, timeout_s)
+    job = world.from_main("job", sign_first, timeout_s)
 
-    def others() -> None:
+    def sign() -> None:
         if world.local_rank == 0 and not world.is_main:
             _try_lock(folder, stack, f"{job} {world.rank}")
 
-    def read() -> int:
+    def read_writer() -> int:
         try:
             signed_by, _, rank = (folder / _SIGNATURE).read_text().partition(" ")
         except OSError:
@@ -45,8 +45,8 @@ def claim(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> lis
             raise _in_use(folder)
         return int(rank)
 
-    world.from_all("lock", others, timeout_s)
-    return world.from_all("keeper", read, timeout_s)
+    world.from_all("lock", sign, timeout_s)
+    return world.from_all("writer", read_writer, timeout_s)
 
 
 def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:

@@ -46,6 +46,10 @@ class RunLog:
         fields = {"time": time.time(), **fields, "rank": self.rank}
         self.write(event="start", start=self._earlier_starts, **fields)
 
+    def end(self, step: int, why: str) -> None:
+        """The last line: of a run that is finished, or that a signal has stopped."""
+        self.write(event="end", step=step, why=why, time=time.time())
+
     def write(self, **fields: Any) -> None:
         """One line of plain values (numbers, strings, lists of them). UserError: the disk refuses."""
         line = json.dumps(fields).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""The logs of all ranks in the master's folder, also where the machines share no disk.
+"""The logs of all ranks in the master's folder, also if the machines share no disk.
 
 Each rank writes its own log on its own machine. Logs only ever grow, so a copy is always the
 beginning of its original: the longer of two is the newer.
@@ -12,11 +12,11 @@ from ddp_lib.errors import UserError
 from ddp_lib.run_dir.checkpoint import write_atomic
 from ddp_lib.run_dir.log import log_path, logs_in
 
-# A log in a folder: its rank, how often it was started, its bytes. A list, as it travels as JSON.
-Held = list[int]
+# Of a log in a folder: its rank, how often it was started, its bytes. A list, as it travels as JSON.
+LogSize = list[int]
 
 
-def held_in(folder: Path) -> list[Held]:
+def log_sizes(folder: Path) -> list[LogSize]:
     """What the logs in `folder` hold, to be compared with other machines'."""
     return [
         [rank, path.read_bytes().count(b'"event": "start"'), path.stat().st_size]
@@ -24,18 +24,20 @@ def held_in(folder: Path) -> list[Held]:
     ]
 
 
-def level(folder: Path, world: World, keepers: list[int], held: list[list[Held]]) -> None:
+def copy_newest_logs(
+    folder: Path, world: World, writers: list[int], sizes: list[list[LogSize]]
+) -> None:
     """Before the logs are opened: brings each to the master and to the machine that continues it.
 
-    keepers: each rank's keeper. held: `held_in` of each keeper's folder, and [] for other ranks. All
+    writers: each rank's writer. sizes: `log_sizes` of each writer's folder, and [] for other ranks. All
     ranks call it, with the same lists. Ranks may have changed machines since the last start, and a
     killed job's last lines have not been sent.
     """
-    sizes = [{rank: (starts, size) for rank, starts, size in one} for one in held]
-    for log in sorted({log for one in sizes for log in one}):
-        best = max(range(len(sizes)), key=lambda rank: (sizes[rank].get(log, (0, 0)), -rank))
-        need = {keepers[0], *keepers[log : log + 1]}
-        need = {rank for rank in need if sizes[rank].get(log) != sizes[best][log]}
+    held = [{rank: (starts, size) for rank, starts, size in logs} for logs in sizes]
+    for log in sorted({log for logs in held for log in logs}):
+        best = max(range(len(held)), key=lambda rank: (held[rank].get(log, (0, 0)), -rank))
+        need = {writers[0], *writers[log : log + 1]}
+        need = {rank for rank in need if held[rank].get(log) != held[best][log]}
         if need:
             path = log_path(folder, log)
             payload = broadcast_bytes(world, path.read_bytes() if world.rank == best else b"", best)
@@ -43,22 +45,19 @@ def level(folder: Path, world: World, keepers: list[int], held: list[list[Held]]
                 write_atomic(path, payload)
 
 
-class LogCopies:
-    """Sends what this rank's log has grown by since the last time; made after `level`."""
+class LogSync:
+    """Sends what this rank's log has grown by since the last time; made after `copy_newest_logs`."""
 
-    def __init__(self, folder: Path, world: World, keepers: list[int]) -> None:
+    def __init__(self, folder: Path, world: World, writers: list[int]) -> None:
         self.folder, self.world = folder, world
-        self.far = keepers[world.rank] != keepers[0]
-        self.any_far = any(keeper != keepers[0] for keeper in keepers)
+        self.is_far = writers[world.rank] != writers[0]
         path = log_path(folder, world.rank)
         self.sent = path.stat().st_size if path.exists() else 0
 
     def send(self) -> None:
-        """All ranks call it. UserError where the master's disk refuses."""
-        if not self.any_far:
-            return
+        """All ranks call it. UserError if the master's disk refuses."""
         new = b""
-        if self.far:
+        if self.is_far:
             with open(log_path(self.folder, self.world.rank), "rb") as file:
                 file.seek(self.sent)
                 new = file.read()

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
         gradient_as_bucket_view=True,
         **_NO_BUFFER_SYNC,
     )
+
+
+def gradient_sync(net: nn.Module, on: bool) -> AbstractContextManager[object]:
+    """Around a forward and its backward: with `on` DDP averages the gradients over the ranks; without,
+    they add up on this rank. `no_sync` must hold the forward too, which prepares the averaging."""
+    if on or not isinstance(net, DistributedDataParallel):
+        return nullcontext()
+    held: AbstractContextManager[object] = net.no_sync()
+    return held
 
 
 def warm_up(net: nn.Module, x: torch.Tensor) -> None:

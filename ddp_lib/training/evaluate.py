@@ -27,6 +27,9 @@ class Evaluation:
     def accuracy(self) -> float:
         return self.correct / self.images
 
+    def __str__(self) -> str:
+        return f"test accuracy {self.accuracy:.2%} ({self.correct} of {self.images})"
+
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset, world: World, split: str = "test") -> Evaluation:

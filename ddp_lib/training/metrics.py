@@ -1,126 +1,138 @@
-"""What each step gave: read when the device has done it, told to all ranks, logged.
+"""What each step of an epoch gave: loss and times, logged, and summed up over the ranks.
 
 On a GPU a step's work is only queued when Python goes on. Reading its loss at once would leave the GPU
-idle until the next step is queued, so there the host reads one step behind.
+idle until the next step is queued, so on a GPU a step is read and logged one step later.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 
+from ddp_lib.distributed.coordination import Status
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir.log import RunLog
-from ddp_lib.training.progress import Console
-
-
-class StepResult:
-    """A rank's loss, and what every rank must know of every other: a loss that is not finite, a
-    signal, and whether rank 0 finds that it is time for a checkpoint.
-
-    Made before backward, so that its all-reduce hides behind backward's.
-    """
-
-    def __init__(self, loss: torch.Tensor, signal: int, save: bool, world: World) -> None:
-        self._loss = loss
-        flags = torch.tensor([world.rank + 1, signal, save and world.is_main])
-        self._flags = flags.to(world.device, non_blocking=True)
-        self._flags[0] *= ~torch.isfinite(loss)  # 0: finite, else this rank's number, from 1
-        self._work = None
-        if world.world_size > 1:
-            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
-
-    def fetch(self) -> None:
-        """After backward. On a GPU it queues copies to the host, elsewhere it waits for the ranks."""
-        if self._work is not None:
-            self._work.wait()
-        self._loss = self._loss.to("cpu", non_blocking=True)
-        self._there = torch.cuda.Event() if self._flags.is_cuda else None
-        self._flags = self._flags.to("cpu", non_blocking=True)
-        if self._there is not None:
-            self._there.record()
-
-    def read(self) -> tuple[float, int, int, bool]:
-        """Own loss; the same on every rank: which has a bad loss (from 1; 0: none), signal, save."""
-        if self._there is not None:
-            self._there.synchronize()
-        bad_rank, signal, save = self._flags.tolist()
-        return self._loss.item(), bad_rank, signal, bool(save)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step whose work is queued. number counts through all epochs; data_s: seconds for its batch."""
-
-    epoch: int
-    number: int
-    samples: int
-    lr: float
-    data_s: float
-    result: StepResult
-
+from ddp_lib.training.evaluate import Evaluation
+from ddp_lib.training.progress import Progress
 
 # The speed that is shown is the mean of so many steps: the host may read several at once.
 _SHOWN_STEPS = 10
 
 
-class Steps:
-    """The steps of an epoch: the last `behind` may still be under way, all others are logged."""
+@dataclass(frozen=True)
+class _Step:
+    """A step whose work is queued; `loss` and `flags` are on their way to the host."""
 
-    behind = 0
+    number: int
+    samples: int
+    lr: float
+    data_s: float
+    loss: torch.Tensor
+    flags: torch.Tensor
+    arrived: torch.cuda.Event | None
 
-    def __init__(
-        self, log: RunLog, console: Console, world: World, per_epoch: int, global_batch_size: int
-    ) -> None:
-        self.log, self.console = log, console
-        self.per_epoch, self.global_batch_size = per_epoch, global_batch_size
-        if world.device.type == "cuda":
-            self.behind = 1
-        self.under_way: list[Step] = []
-        self.recent_s: deque[float] = deque(maxlen=_SHOWN_STEPS)
-        self.begin_epoch()
+    def read(self) -> tuple[float, int, int, bool]:
+        """Waits. This rank's loss; the rank with a bad loss, from 1 (0: none); signal; save."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        bad_rank, signal, save = self.flags.tolist()
+        return self.loss.item(), bad_rank, signal, bool(save)
 
-    def begin_epoch(self) -> None:
-        self.loss_sum = 0.0  # of this rank's images
-        self.samples = 0
-        self.settled_s = time.perf_counter()
 
-    def add(self, step: Step) -> tuple[int, bool]:
-        """Takes a step whose work is queued; what `settle` returns, of those before it on a GPU."""
-        step.result.fetch()
-        self.under_way.append(step)
-        return self.settle(self.behind)
+@dataclass
+class EpochMetrics:
+    """The steps of one epoch, from when this object is made."""
 
-    def settle(self, behind: int = 0) -> tuple[int, bool]:
-        """Waits for the steps under way, but for the last `behind`, and logs them.
+    lag: ClassVar[int] = 0  # steps that the CPU leaves queued; a GPU leaves 1
 
-        Returns the highest signal any rank has had (0: none), and whether to save a checkpoint: the
-        same on every rank. UserError, on every rank, where any rank's loss is not finite.
+    epoch: int
+    global_batch_size: int
+    world: World
+    log: RunLog
+    progress: Progress
+    loss_sum: float = 0.0  # over this rank's images
+    samples: int = 0
+    _began_s: float = field(default_factory=time.perf_counter)
+    _read_s: float = field(default_factory=time.perf_counter)  # when the last step was read
+    _queued: list[_Step] = field(default_factory=list)
+    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
+
+    def record(
+        self, step: int, samples: int, lr: float, data_s: float, loss: torch.Tensor, status: Status
+    ) -> tuple[int, bool]:
+        """Takes step number `step`, counted through all epochs, after its backward.
+
+        samples: of this rank. data_s: seconds that its batch took. loss: this rank's mean, on the
+        device. Returns what `flush` does; on a GPU of the step before this one.
+        """
+        if status.work is not None:
+            status.work.wait()  # on a GPU it queues the wait, and does not wait itself
+        on_gpu = loss.is_cuda
+        loss, flags = (value.to("cpu", non_blocking=True) for value in (loss, status.flags))
+        arrived = torch.cuda.Event() if on_gpu else None
+        if arrived is not None:
+            arrived.record()
+        self._queued.append(_Step(step, samples, lr, data_s, loss, flags, arrived))
+        return self.flush(keep=1 if on_gpu else self.lag)
+
+    def flush(self, keep: int = 0) -> tuple[int, bool]:
+        """Waits for the queued steps, but for the last `keep`, and logs them.
+
+        Returns the highest signal that any rank has had (0: none), and whether a checkpoint is due:
+        the same on every rank. UserError, on every rank, if any rank's loss is not finite.
         """
         signal, save = 0, False
-        while len(self.under_way) > behind:
-            step = self.under_way.pop(0)
-            loss, bad_rank, its_signal, its_save = step.result.read()
+        while len(self._queued) > keep:
+            step = self._queued.pop(0)
+            loss, bad_rank, step_signal, step_save = step.read()
             if bad_rank:
                 raise UserError(
                     f"the loss of rank {bad_rank - 1} is not finite at step {step.number} (epoch "
-                    f"{step.epoch + 1}): lower --lr, or look for bad values in the data; the last "
+                    f"{self.epoch + 1}): lower --lr, or look for bad values in the data; the last "
                     "checkpoint stands"
                 )
-            signal, save = max(signal, its_signal), save or its_save
-            self._write(step, loss)
+            signal, save = max(signal, step_signal), save or step_save
+            self._log(step, loss)
             self.loss_sum += loss * step.samples
             self.samples += step.samples
         return signal, save
 
-    def _write(self, step: Step, loss: float) -> None:
+    def totals(self) -> tuple[float, float]:
+        """The epoch's mean loss over the images of all ranks, and images/s, on every rank."""
+        seconds = time.perf_counter() - self._began_s
+        sums = torch.tensor([self.loss_sum, self.samples], dtype=torch.float64)
+        loss_sum, samples = self.world.sum(sums.to(self.world.device)).tolist()
+        return loss_sum / samples, samples / seconds
+
+    def report(
+        self, step: int, train_loss: float, images_per_s: float, evaluation: Evaluation
+    ) -> None:
+        """Rank 0 logs and shows how the epoch ended, which was before step number `step`."""
+        if self.world.rank == 0:
+            self.log.write(
+                event="epoch",
+                epoch=self.epoch,
+                step=step,
+                test_accuracy=evaluation.accuracy,
+                test_correct=evaluation.correct,
+                test_images=evaluation.images,
+                train_loss=train_loss,
+                images_per_s=images_per_s,
+                time=time.time(),
+            )
+            self.progress.say(
+                f"epoch {self.epoch + 1}/{self.progress.epochs} done: train loss {train_loss:.4f}, "
+                f"{evaluation}, {images_per_s:,.0f} images/s"
+            )
+
+    def _log(self, step: _Step, loss: float) -> None:
         now = time.perf_counter()
-        step_s, self.settled_s = now - self.settled_s, now
+        step_s, self._read_s = now - self._read_s, now
         self.log.write(
-            epoch=step.epoch,
+            epoch=self.epoch,
             step=step.number,
             samples=step.samples,
             loss=loss,
@@ -130,6 +142,6 @@ class Steps:
             step_s=step_s,
             time=time.time(),
         )
-        self.recent_s.append(step_s)
-        speed = self.global_batch_size * len(self.recent_s) / sum(self.recent_s)
-        self.console.step(step.epoch, step.number % self.per_epoch, loss, speed)
+        self._recent_s.append(step_s)
+        speed = self.global_batch_size * len(self._recent_s) / sum(self._recent_s)
+        self.progress.step(self.epoch, step.number, loss, speed)

@@ -1,6 +1,7 @@
 """Optimizer, learning rate and precision: what the loop decides before and at each step."""
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,9 +22,14 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int
+) -> float:
+    """Sets step number `step`'s learning rate, and returns it."""
+    lr = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    return lr
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -51,6 +57,18 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return ("bf16", "the processor has it") if fast else ("fp32", "this processor has no bf16")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of parameters, batches and losses; bf16 is for what autocast computes in it."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def micro_batches(
+    x: torch.Tensor, y: torch.Tensor, parts: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A batch and its labels cut into `parts` equal pieces."""
+    return zip(x.chunk(parts), y.chunk(parts), strict=True)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
