@@ -16,7 +16,7 @@ from ddp_lib.processes.forkserver import start_server
 
 # Imported by the fork server, so that ranks need not. DDP imports torch._dynamo when it wraps its first
 # model.
-_PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
+PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 
 
 def run_ranks(
@@ -43,7 +43,7 @@ def run_ranks(
             f"{getattr(fn, '__name__', 'fn')} or its arguments cannot be sent to the ranks "
             f"({error}): create such objects inside the function"
         ) from None
-    start_server(_PRELOAD)
+    start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pool = RankPool(nproc, work, Path(folder), source_files(fn))
         try:
@@ -62,4 +62,4 @@ def _in_a_notebook() -> bool:
 
 
 if _in_a_notebook():
-    start_server(_PRELOAD)  # so that it imports torch while the notebook's first cells run
+    start_server(PRELOAD)  # so that it imports torch while the notebook's first cells run
