@@ -41,14 +41,18 @@ class Dataset:
     std: tuple[float, float, float]
     digest: str
 
-    def near(self, device: torch.device) -> "Dataset":
-        """The same, and on a GPU with room for it the images in its memory: batches are made there."""
+    def to_device(self, device: torch.device) -> "Dataset":
+        """A copy whose tensors are on `device` if that is a GPU with room for them; else this data set.
+
+        On a GPU, make_batch then makes the batches there. The images must fit into a quarter of the
+        GPU's free memory.
+        """
         if device.type != "cuda":
             return self
-        parts = (self.train, self.test)
-        if 4 * sum(part.images.nbytes for part in parts) > torch.cuda.mem_get_info(device)[0]:
+        splits = (self.train, self.test)
+        if 4 * sum(split.images.nbytes for split in splits) > torch.cuda.mem_get_info(device)[0]:
             return self
-        train, test = (Split(part.images.to(device), part.labels.to(device)) for part in parts)
+        train, test = (Split(split.images.to(device), split.labels.to(device)) for split in splits)
         return replace(self, train=train, test=test)
 
 

@@ -46,7 +46,7 @@ class Trainer:
         stop: StopSignal,
     ) -> None:
         self.config, self.world, self.sampler = config, world, sampler
-        self.data = data.near(world.device)
+        self.data = data.to_device(world.device)
         self.job, self.folder, self.stop = run, run.folder, stop
         self.step = 0
         self.total_steps = config.epochs * len(sampler)
