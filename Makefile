@@ -1,5 +1,5 @@
 # Every target works alone in a fresh clone; `make help` lists them.
-# Another interpreter than python3: make PYTHON=/path/to/python3.12
+# To use another interpreter than python3: make PYTHON=/path/to/python3.12
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -15,7 +15,7 @@ NBVAL := -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## make .venv with the exact versions of requirements.txt and this package
+setup: $(INSTALLED) ## install this package and the exact versions of requirements.txt into .venv
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -35,13 +35,13 @@ demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs
 	@echo "runs/demo/loss.png       the picture: loss by rank, test accuracy, images/s"
 	@echo "runs/demo/cifar_net.pth  the trained weights"
 	@echo "runs/demo/summary.json   accuracy, speed, versions"
-	@echo "runs/demo/rank0.jsonl    a line a step; rank1.jsonl is the other process's"
+	@echo "runs/demo/rank0.jsonl    one line per step; rank1.jsonl is that of the other process"
 
-test: lint ## lint, then all tests, then all notebooks against their committed outputs
+test: lint ## lint, run all tests, then run all notebooks and compare their outputs
 	$(BIN)/python -m pytest
 	$(BIN)/python $(NBVAL) --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks/
 
-notebooks: $(INSTALLED) ## run and compare the notebooks alone, on one core and from another folder
+notebooks: $(INSTALLED) ## only run and compare the notebooks, on one core and from another folder
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp notebooks/* "$$folder" && \
 	  core=$$(command -v taskset >/dev/null && echo taskset -c 0 || true) && cd "$$folder" && \
 	  $$core $(CURDIR)/$(BIN)/python $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
@@ -53,18 +53,18 @@ lint: $(INSTALLED) ## check style, formatting, spelling, types and the Dockerfil
 	$(BIN)/mypy ddp_lib
 	$(BIN)/hadolint Dockerfile
 
-format: $(INSTALLED) ## put code and notebooks into the one format
+format: $(INSTALLED) ## format code and notebooks
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 lab: $(INSTALLED) ## open the course in JupyterLab
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-# What only benchmarks need goes into .venv too, but moves none of its pins.
+# Packages that only the benchmarks need are installed into .venv too, but change none of its versions.
 BENCH_SETUP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
   -r benchmarks/requirements.txt -c requirements.txt
 
-bench: $(INSTALLED) ## measure on this machine, the short ones, and write benchmarks/RESULTS.md
+bench: $(INSTALLED) ## run the short benchmarks on this machine and write benchmarks/RESULTS.md
 	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py
 	$(BIN)/python benchmarks/throughput.py
@@ -72,7 +72,7 @@ bench: $(INSTALLED) ## measure on this machine, the short ones, and write benchm
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
 
-bench-full: $(INSTALLED) ## all of them, with more runs: DATA=folder of images, such as CIFAR-10's
+bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of images, such as CIFAR-10's
 	@test -d "$(DATA)/train" || { echo "make bench-full DATA=FOLDER: '$(DATA)' holds no train/<class>/*" >&2; exit 1; }
 	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py --rounds 15 --later 10
@@ -83,16 +83,16 @@ bench-full: $(INSTALLED) ## all of them, with more runs: DATA=folder of images, 
 	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
 	$(BIN)/python benchmarks/gpu.py --data "$(DATA)"
 	if [ "$$(id -u)" = 0 ]; then \
-	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py; fi  # they make machines
+	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py; fi  # these need root
 	$(BIN)/python benchmarks/report.py
 
-lock: $(INSTALLED) ## write requirements.txt anew from pyproject.toml, newest versions
+lock: $(INSTALLED) ## rewrite requirements.txt from pyproject.toml, with the newest versions
 	@echo "# The whole environment, exact versions, for every platform and Python 3.11 or newer." > requirements.tmp
 	@echo "# Made from pyproject.toml by: make lock" >> requirements.tmp
 	$(BIN)/uv pip compile pyproject.toml --extra notebooks --extra dev --universal \
 	  --python-version 3.11 --no-annotate --no-header --quiet >> requirements.tmp
 	@mv requirements.tmp requirements.txt
 
-clean: ## remove caches; .venv, data and runs stay
+clean: ## remove caches, but not .venv, data and runs
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info requirements.tmp
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

@@ -1,11 +1,11 @@
-"""Accuracy by time and by epoch on real images: `fit` beside the conventional loop.
+"""Accuracy by time and by epoch on real images: `fit` and the conventional loop.
 
 python benchmarks/accuracy.py --data FOLDER [--epochs 10] [--seeds 3]
 
-FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. Both sides train the same
-SimpleModel for the same epochs, with the same schedule, on two ranks of one thread, one after the
-other for each seed; the conventional loop has the number of workers that is fastest here. Time is time
-spent training; evaluation is not counted on either side.
+FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. Both train the same
+SimpleModel for the same number of epochs, with the same schedule, on two ranks with one thread each. For
+each seed they run one after the other. The conventional loop uses the number of workers that is fastest
+on this machine. Only time spent training counts, not evaluation.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from typing import Any
 from report import save, table
 from throughput import ENVIRONMENT, HERE, RANKS, best_workers
 
-LIMIT_S = 8 * 3600
+TIMEOUT_S = 8 * 3600
 LEVELS = (0.80, 0.85, 0.90)
-Curve = list[tuple[float, float]]  # seconds trained, test accuracy; one pair an epoch
+Curve = list[tuple[float, float]]  # one pair per epoch: seconds trained, test accuracy
 
 
 def run(command: list[str]) -> str:
     done = subprocess.run(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
     )
     return done.stdout
 
@@ -52,10 +52,11 @@ def conventional(data: str, data_dir: str, epochs: int, seed: int, workers: int)
     command += ["--data", data, "--data-dir", data_dir, "--epochs", str(epochs)]
     command += ["--seed", str(seed), "--workers", str(workers)]
     line = next(line for line in run(command).splitlines() if line.startswith("{"))
-    return [(one["seconds"], one["accuracy"]) for one in json.loads(line)["epochs"]]
+    return [(epoch["seconds"], epoch["accuracy"]) for epoch in json.loads(line)["epochs"]]
 
 
 def seconds_to(level: float, curve: Curve) -> float | None:
+    """Seconds of training until the accuracy `level`; None if it was not reached."""
     return next((seconds for seconds, accuracy in curve if accuracy >= level), None)
 
 
@@ -71,9 +72,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data_dir:
         workers = best_workers(data_dir)[0]
         for seed in range(options.seeds):
-            given = (options.data, data_dir, options.epochs, seed)
-            curves["ddp-launch train"].append(ours(*given))
-            curves["conventional loop"].append(conventional(*given, workers))
+            arguments = (options.data, data_dir, options.epochs, seed)
+            curves["ddp-launch train"].append(ours(*arguments))
+            curves["conventional loop"].append(conventional(*arguments, workers))
     rows: list[dict[str, Any]] = []
     for name, all_seeds in curves.items():
         last = [100 * curve[-1][1] for curve in all_seeds]
@@ -83,22 +84,25 @@ def main() -> None:
             if times:
                 label = f"{name}: time to {level:.0%} (reached by {len(times)} of {len(all_seeds)})"
                 rows.append({"name": label, "unit": "s", "runs": times})
-    main = []
+    main_finding = []
     for level in LEVELS:
-        mine, other = [[seconds_to(level, curve) for curve in both] for both in curves.values()]
-        if None in mine:
+        ours_s, conventional_s = (
+            [seconds_to(level, curve) for curve in all_seeds] for all_seeds in curves.values()
+        )
+        if None in ours_s:
             continue
-        # A run that never came so far would have taken longer than it did.
-        longest = [curve[-1][0] for curve in curves["conventional loop"]]
-        filled = [t if t is not None else end for t, end in zip(other, longest, strict=True)]
-        ratio = statistics.median(mine) / statistics.median(filled)  # type: ignore[type-var]
-        bound = "at most " if None in other else ""
-        main.append(f"time to {level:.0%} is {bound}{ratio:.2f} of the conventional loop's")
-    mean = [statistics.mean(curve[-1][1] for curve in both) for both in curves.values()]
-    main.append(
-        f"final accuracy, mean of {options.seeds} seeds, {mean[0]:.2%} beside {mean[1]:.2%}"
+        # A run that did not reach the level would have taken longer than it ran.
+        ends = [curve[-1][0] for curve in curves["conventional loop"]]
+        at_least = [t if t is not None else e for t, e in zip(conventional_s, ends, strict=True)]
+        ratio = statistics.median(ours_s) / statistics.median(at_least)  # type: ignore[type-var]
+        bound = "at most " if None in conventional_s else ""
+        main_finding.append(f"time to {level:.0%} is {bound}{ratio:.2f} of the conventional loop's")
+    mean = [statistics.mean(curve[-1][1] for curve in seeds) for seeds in curves.values()]
+    main_finding.append(
+        f"final accuracy (mean of {options.seeds} seeds) is {mean[0]:.2%}, and {mean[1]:.2%} with the "
+        "conventional loop"
     )
-    findings = ["; ".join(main) + "."]
+    findings = ["; ".join(main_finding) + "."]
     for name, all_seeds in curves.items():
         by_epoch = ", ".join(
             f"{statistics.median(curve[epoch][1] for curve in all_seeds):.1%}"
@@ -108,7 +112,7 @@ def main() -> None:
     result = save(
         "accuracy",
         "Accuracy on real images",
-        f"{options.epochs} epochs of the images folder, {options.seeds} seeds, two ranks.",
+        f"{options.epochs} epochs on the folder of images, {options.seeds} seeds, two ranks.",
         rows,
         findings,
     )

@@ -1,10 +1,10 @@
-"""What faults on several machines cost: makes each on purpose, and counts by the logs.
+"""What faults on several machines cost: causes each fault on purpose, and counts from the logs.
 
 python benchmarks/faults.py [--only REGEX]     as root, on Linux; some minutes
 
-The machines are network namespaces of this computer, each with a disk folder of its own; the faults
-and the training are those of tests/hosts/damage.py. Writes results/faults.json and the table in the
-README; with --only, those rows anew.
+The machines are network namespaces of this computer, each with its own folder as its disk. The faults and
+the training are those of tests/hosts/damage.py. Writes results/faults.json and the table in the README;
+with --only, it replaces only those rows.
 """
 
 import argparse
@@ -38,29 +38,29 @@ def row(name: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def keep(new: dict[str, Any]) -> dict[str, Any]:
-    """Puts the row into the results, in the place of the one of an earlier run."""
+def save_row(new: dict[str, Any]) -> dict[str, Any]:
+    """Adds the row to the results, or replaces the row of an earlier run; returns all results."""
     path = RESULTS / "faults.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    by_name = {one["fault"]: one for one in [*known, new]}
+    saved = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_name = {row["fault"]: row for row in [*saved, new]}
     rows = [by_name[name] for name in FAULTS if name in by_name]
-    same = sum(one["same bits at the end"] == BITS[True] for one in rows)
-    other = sum(one["same bits at the end"] == BITS[None] for one in rows)
-    lost = sum(one["samples lost"] + one["samples repeated"] for one in rows)
+    same = sum(row["same bits at the end"] == BITS[True] for row in rows)
+    not_comparable = sum(row["same bits at the end"] == BITS[None] for row in rows)
+    lost = sum(row["samples lost"] + row["samples repeated"] for row in rows)
     return save(
         "faults",
         "Faults on several machines",
-        "Two machines without a shared disk, a rank on each, started by ddp-launch; where it says so, "
-        f"the same line was started again. Each fault strikes {GATE % STEPS_PER_EPOCH} steps into an "
-        "epoch; the last checkpoint is that of the epoch before. Seconds: from the fault until a step "
-        "was done again, or until all had ended. Steps and samples are counted from the logs; the "
-        "final parameters are compared with those of a run that nothing befell. "
-        f"The computer's load average was {os.getloadavg()[1]:.0f}: more than its cores lengthens the "
-        "seconds.",
+        "Two machines without a shared disk, one rank on each, started by ddp-launch. If the table says "
+        '"started again", the same command was typed again. Each fault happens '
+        f"{GATE % STEPS_PER_EPOCH} steps into an epoch; the last checkpoint is that of the epoch before. "
+        "Seconds are counted from the fault until the next step was done, or until everything had ended. "
+        "Steps and samples are counted from the logs. The final parameters are compared with those of an "
+        f"uninterrupted run. The computer's load average was {os.getloadavg()[1]:.0f}; a load above the "
+        "number of its cores makes the seconds longer.",
         rows,
         [
-            f"{same} of {len(rows) - other} runs end with the bits of the unbroken run; "
-            f"{lost} samples were lost or repeated in all {len(rows)}."
+            f"{same} of {len(rows) - not_comparable} runs end with the same bits as the uninterrupted "
+            f"run; {lost} samples were lost or repeated in all {len(rows)}."
         ],
     )
 
@@ -68,18 +68,18 @@ def keep(new: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="faults in whose name it is found"
+        "--only", default="", metavar="REGEX", help="only faults whose name matches"
     )
     only = parser.parse_args().only
     if lacks := missing():
         raise SystemExit(f"benchmarks/faults.py: {lacks}")
     with tempfile.TemporaryDirectory() as folder:
         images = make_images(Path(folder, "images"))
-        whole = unbroken(images, Path(folder, "unbroken"))
+        uninterrupted = unbroken(images, Path(folder, "unbroken"))
         for number, (name, fault) in enumerate(FAULTS.items()):
             if re.search(only, name):
                 with Lab(3, Path(folder, str(number))) as lab:
-                    result = keep(row(name, fault(lab, images, whole)))
+                    result = save_row(row(name, fault(lab, images, uninterrupted)))
                     into_readme("faults", result)
     print(table(result["rows"]))
 

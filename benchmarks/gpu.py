@@ -1,12 +1,12 @@
-"""Training on GPUs, a rank on each: images/s, its share of the limit, and the time to 94 %.
+"""Training on GPUs, one rank per GPU: images/s, the fraction of the limit, and the time to 94 %.
 
 python benchmarks/gpu.py --data FOLDER [--epochs 40] [--rounds 3]
 
-FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. The model is ResNet9, 1,024
-images a step over all GPUs, bf16 where the GPU has it. A round trains once without --compile and once
-with it, and measures the limit: forward, backward and step on one constant batch on every GPU at once,
-without communication, data or log. Images/s are those of the second epoch and later. On a machine
-without a GPU it says so, and writes nothing.
+FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. The model is ResNet9, with
+1,024 images per step over all GPUs, in bf16 if the GPU supports it. A round trains once without --compile
+and once with it. It also measures the limit: forward, backward and optimizer step on one constant batch,
+on all GPUs at the same time, without communication, data or log. Images/s are measured from the second
+epoch on. On a machine without a GPU it says so, and writes nothing.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from resnet9 import ResNet9
 
 HERE = Path(__file__).parent
 GLOBAL_BATCH, LR, LEVEL = 1024, 0.8, 0.94
-LIMIT_S = 3600
+TIMEOUT_S = 3600
 
 
 def train(
     options: argparse.Namespace, gpus: int, compiled: bool
 ) -> tuple[float, float, float | None]:
-    """Images/s, the last accuracy, and seconds of training until LEVEL (None: not reached)."""
+    """Images/s, the final accuracy, and seconds of training until LEVEL (None: not reached)."""
     from ddp_lib import read_run
     from ddp_lib.run_dir.log import read_events
 
@@ -42,7 +42,7 @@ def train(
         command += ["--epochs", str(options.epochs), "--lr", str(LR), "--weight-decay", "5e-4"]
         command += ["--label-smoothing", "0.1", "--compile", str(compiled)]
         command += ["--timeout-s", "600"]  # compiling takes long
-        subprocess.run(command, cwd=HERE, check=True, timeout=LIMIT_S, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=HERE, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
         log, events = read_run(folder), read_events(folder)
     log = log[log["rank"] == 0]
     later = log[log["epoch"] > 0]
@@ -67,7 +67,7 @@ def limit(gpus: int, steps: int = 100) -> float:
         replicas.append((model, optimizer, x.to(memory_format=torch.channels_last), y))
     began = 0.0
     for step in range(10 + steps):
-        if step == 10:  # the first steps choose the convolutions' algorithms
+        if step == 10:  # in the first steps cuDNN chooses the convolutions' algorithms
             for gpu in range(gpus):
                 torch.cuda.synchronize(gpu)
             began = time.perf_counter()
@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     if not gpus:
-        print("No GPU here: nothing measured, and no table of it in RESULTS.md.")
+        print("No GPU on this machine: nothing was measured, and RESULTS.md gets no table of it.")
         return
     if not Path(options.data, "train").is_dir():
         parser.error(f"--data {options.data!r} holds no folder train/: name a folder of images")
@@ -111,17 +111,17 @@ def main() -> None:
         of = f"(reached in {len(seconds)} of {options.rounds})"
         rows.append({"name": f"{name}: time to {LEVEL:.0%} {of}", "unit": "s", "runs": seconds})
     median = {name: statistics.median(numbers) for name, numbers in runs.items()}
-    share = median["ddp-launch train"] / median["limit: constant batch, not compiled"]
-    cards = f"{gpus} x {torch.cuda.get_device_name(0)}"
+    fraction = median["ddp-launch train"] / median["limit: constant batch, not compiled"]
+    hardware = f"{gpus} x {torch.cuda.get_device_name(0)}"
     findings = [
-        f"ResNet9 on {cards} trains {median['ddp-launch train']:,.0f} images/s, "
-        f"{share:.2f} of the limit (medians)."
+        f"ResNet9 on {hardware} trains {median['ddp-launch train']:,.0f} images/s, "
+        f"{fraction:.2f} of the limit (medians)."
     ]
     findings += [f"{name}: {LEVEL:.0%} was not reached." for name in last if name not in reached]
     result = save(
         "gpu",
         "Training on GPUs",
-        f"ResNet9 on {cards}, {GLOBAL_BATCH} images a step, {options.epochs} epochs.",
+        f"ResNet9 on {hardware}, {GLOBAL_BATCH} images per step, {options.epochs} epochs.",
         rows,
         findings,
     )

@@ -1,12 +1,15 @@
-"""How long a cell waits for its ranks: run_ranks, and what a user would take instead.
+"""How long a notebook's cell waits for its ranks: run_ranks and its alternatives.
 
 python benchmarks/launch.py [--rounds 5] [--later 4]
 
-A launch starts 2 ranks, which join a gloo group, all-reduce one number, and leave. A round: first
-`python -c "import torch"`, what every rank of a freshly started job pays at least; then, for each way
-of launching from a notebook, a fresh process that launches once and then again `--later` times; and
-torchrun, which is a fresh process each time. Measuring in rounds spreads a busy moment of the machine
-over all rows. Needs benchmarks/requirements.txt for accelerate; without it its rows are left out.
+A launch starts 2 ranks, which join a gloo group, all-reduce one number, and leave. A round measures:
+
+- `python -c "import torch"`, the least that every rank of a newly started job has to do;
+- for each way of launching from a notebook, a new process that launches once, and then `--later` times;
+- torchrun, which is a new process each time.
+
+Because of the rounds, a moment in which the machine is busy affects all rows alike. accelerate needs
+benchmarks/requirements.txt; if it is not installed, its rows are left out.
 """
 
 import argparse
@@ -23,12 +26,12 @@ from typing import Any
 
 from report import save, table
 
-LIMIT_S = 300
+TIMEOUT_S = 300
 RANKS = 2
 
 
 def all_reduce_once(*spawned: Any) -> float:
-    """Runs on each rank; returns the number of ranks. spawned: rank and environment, from `spawn`."""
+    """Runs on each rank; returns the number of ranks. `spawn` passes the rank and the environment."""
     import torch
     import torch.distributed as dist
 
@@ -49,25 +52,25 @@ def free_port() -> int:
 
 
 def by_run_ranks() -> Callable[[], object]:
-    """In a fresh process, at once."""
+    """Launches immediately in a new process."""
     from ddp_lib import run_ranks
 
     return lambda: run_ranks(all_reduce_once, RANKS)
 
 
 def by_run_ranks_later() -> Callable[[], object]:
-    """As in a notebook whose reader has imported ddp_lib, which starts the fork server, and read on."""
+    """Launches some time after the import of ddp_lib, which starts the fork server, as readers do."""
     from multiprocessing import forkserver
 
     import psutil
 
     from ddp_lib.notebook import run_ranks as notebook
 
-    notebook.start_server()
+    notebook.start_server(notebook.PRELOAD)
     server = psutil.Process(forkserver._forkserver._forkserver_pid)
     server.cpu_percent()
     while server.cpu_percent(1.0) > 5:
-        pass  # it imports torch
+        pass  # the fork server is still importing torch
     return lambda: notebook.run_ranks(all_reduce_once, RANKS)
 
 
@@ -81,8 +84,8 @@ def by_spawn() -> Callable[[], object]:
     from torch.multiprocessing import spawn
 
     def launch() -> None:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        spawn(all_reduce_once, ({**place, "WORLD_SIZE": str(RANKS)},), nprocs=RANKS)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        spawn(all_reduce_once, ({**address, "WORLD_SIZE": str(RANKS)},), nprocs=RANKS)
 
     return launch
 
@@ -96,7 +99,7 @@ WAYS = {
 
 
 def launches(way: str, count: int) -> list[float]:
-    """Seconds of `count` launches, the first of them in a fresh process: this one."""
+    """Seconds of each of `count` launches from this process, which is new."""
     launch = WAYS[way]()
     seconds = []
     for _ in range(count):
@@ -107,10 +110,10 @@ def launches(way: str, count: int) -> list[float]:
 
 
 def process(*arguments: str) -> tuple[float, str]:
-    """Seconds of a Python process, and what it printed last."""
+    """Seconds that a Python process took, and the last line that it printed."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=LIMIT_S
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
@@ -134,7 +137,7 @@ def main() -> None:
     ways = [
         way for way in WAYS if "accelerate" not in way or importlib.util.find_spec("accelerate")
     ]
-    process("-c", "import torch")  # not counted: reads torch's files into the system's cache
+    process("-c", "import torch")  # not counted: brings torch's files into the system's cache
     torch_name, torchrun = '`python -c "import torch"`', "torchrun, a process for each launch"
     runs: dict[str, list[float]] = {torch_name: [], torchrun: []}
     for _ in range(options.rounds):
@@ -149,20 +152,20 @@ def main() -> None:
 
     medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
     later, first = medians["later `run_ranks`"], medians[f"first {list(WAYS)[1]}"]
-    main = (
-        f"later launches take {later / medians[torch_name]:.3f} of the time of importing torch, the "
-        f"first after ddp_lib was imported {first / medians[torch_name]:.3f}"
+    main_finding = (
+        f"a later launch takes {later / medians[torch_name]:.3f} of the time of importing torch, the "
+        f"first launch after ddp_lib was imported {first / medians[torch_name]:.3f}"
     )
-    others = medians.get(f"later {list(WAYS)[2]}")
-    if others:
-        main += f"; later ones {later / others:.2f} of accelerate's"
-    findings = [f"{main} (medians)."]
+    accelerate_s = medians.get(f"later {list(WAYS)[2]}")
+    if accelerate_s:
+        main_finding += f"; a later launch takes {later / accelerate_s:.2f} of accelerate's time"
+    findings = [f"{main_finding} (medians)."]
     result = save(
         "launch",
         "Starting ranks from a notebook",
-        f"Seconds until {RANKS} ranks have joined a gloo group, all-reduced one number and left, "
-        'beside `python -c "import torch"`. Each first launch is that of a fresh process, which has '
-        "imported what it launches with.",
+        f"Seconds until {RANKS} ranks have joined a gloo group, all-reduced one number and left; for "
+        'comparison, `python -c "import torch"`. Each first launch is in a new process, which has '
+        "already imported the library that it launches with.",
         [{"name": name, "unit": "s", "runs": seconds} for name, seconds in runs.items()],
         findings,
     )

@@ -1,12 +1,12 @@
-"""Two machines in the network set-ups that people have: torchrun against ddp-launch.
+"""Two machines in the network set-ups that people have: torchrun and ddp-launch.
 
-sudo python benchmarks/network_setups.py [--limit-s 60] [--only WORD]
+sudo python benchmarks/network_setups.py [--timeout-s 60] [--only WORD]
 
-The machines are network namespaces of this computer. Both launchers get the same flags and the same
-environment: --nnodes 2 --nproc-per-node 1 --rdzv-endpoint MASTER:29500, on both machines, and nothing
-else is set; torchrun also --rdzv-backend c10d, which ddp-launch always uses. torchrun starts a plain
-DDP script (plain_ddp.py), ddp-launch its own training. What still runs at the limit is ended. Writes
-results/network_setups.json and the table in the README.
+The machines are network namespaces of this computer. On both machines, both launchers get the same
+environment and the same flags, and nothing else: --nnodes 2 --nproc-per-node 1 --rdzv-endpoint
+MASTER:29500. torchrun also gets --rdzv-backend c10d, which ddp-launch always uses. torchrun starts a plain
+DDP script (plain_ddp.py), ddp-launch its own training. Programs that still run at the timeout are ended.
+Writes results/network_setups.json and the table in the README.
 """
 
 import argparse
@@ -28,12 +28,12 @@ MASTER = "10.77.0.10:29500"
 
 
 def hosts_files(own: str | None) -> Callable[[list[Machine]], None]:
-    """Each machine's own name means `own` to itself, or nothing; the others know it rightly."""
+    """On each machine its own name means `own`, or nothing if None; other names mean the right address."""
 
     def write(machines: list[Machine]) -> None:
         for machine in machines:
-            names = {one.name: one.address for one in machines if one is not machine}
-            machine.write_hosts({**names, **({machine.name: own} if own else {})})
+            peers = {peer.name: peer.address for peer in machines if peer is not machine}
+            machine.write_hosts({**peers, **({machine.name: own} if own else {})})
 
     return write
 
@@ -43,7 +43,7 @@ def one_port(machines: list[Machine]) -> None:
         machine.close_ports(but=29500)
 
 
-# Name, the lab's settings, what is done to the machines, the endpoint.
+# Name, the lab's settings, how the machines are changed, the endpoint.
 SETUPS: list[tuple[str, dict, Callable[[list[Machine]], None], str]] = [
     ("own name means own address", {}, lambda machines: None, "m0:29500"),
     ("own name means 127.0.1.1 (Debian)", {}, hosts_files("127.0.1.1"), "m0:29500"),
@@ -60,13 +60,13 @@ def start(launcher: str, machine: Machine, endpoint: str) -> Program:
         return machine.start(["torchrun", *line, "--rdzv-backend", "c10d", str(PLAIN)])
     data = machine.folder.parents[1]
     training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 2".split()
-    # A model as small as plain_ddp.py's: the set-ups are compared, and not the training.
+    # A model as small as that of plain_ddp.py, because the set-ups are compared and not the training.
     training += ["--model", "models:Plain", "--run-dir", str(machine.folder / "run")]
     return machine.start(["ddp-launch", "train", *line, *training], cwd=TESTS)
 
 
 def make_images(folder: Path) -> None:
-    """A step of 128 images an epoch."""
+    """128 training images, which are one step per epoch, and 16 test images."""
     from PIL import Image
 
     for number in range(144):
@@ -77,16 +77,16 @@ def make_images(folder: Path) -> None:
         Image.new("RGB", (32, 32), (number, 255 * (number % 2), 0)).save(file)
 
 
-def outcome(programs: list[Program], limit_s: float) -> tuple[str, float]:
-    """What happened, in words, and the seconds until both had ended, or the limit."""
-    began = time.monotonic()
-    while not all(program.ended for program in programs) and time.monotonic() < began + limit_s:
+def outcome(programs: list[Program], timeout_s: float) -> tuple[str, float]:
+    """What happened, in words, and the seconds until both programs had ended, or the timeout."""
+    start_s = time.monotonic()
+    while not all(program.ended for program in programs) and time.monotonic() < start_s + timeout_s:
         time.sleep(0.05)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_s
     hung = [program for program in programs if not program.ended]
     for program in hung:
         program.end()
-    statuses = [program.wait(limit_s) for program in programs]
+    statuses = [program.wait(timeout_s) for program in programs]
     if hung:
         return "hangs" if len(hung) == 2 else "one machine fails, the other hangs", seconds
     if statuses == [0, 0]:
@@ -101,8 +101,8 @@ def outcome(programs: list[Program], limit_s: float) -> tuple[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--limit-s", type=float, default=60.0)
-    parser.add_argument("--only", default="", help="set-ups whose name holds this word")
+    parser.add_argument("--timeout-s", type=float, default=60.0)
+    parser.add_argument("--only", default="", help="only set-ups whose name contains this word")
     options = parser.parse_args()
     if lacks := missing():
         raise SystemExit(lacks)
@@ -119,11 +119,10 @@ def main() -> None:
                 continue
             row: dict[str, str | float] = {"network set-up": name}
             for launcher in LAUNCHERS:
-                place = Path(folder) / f"{number}-{launcher}"
-                with Lab(2, place, **settings) as lab:
+                with Lab(2, Path(folder) / f"{number}-{launcher}", **settings) as lab:
                     change(lab.machines)
                     programs = [start(launcher, machine, endpoint) for machine in lab.machines]
-                    what, seconds = outcome(programs, options.limit_s)
+                    what, seconds = outcome(programs, options.timeout_s)
                 row |= {launcher: what, f"{launcher}, s": round(seconds, 1)}
                 print(f"{name}: {launcher}: {what} ({seconds:.1f} s)", flush=True)
             rows.append(row)
@@ -133,10 +132,11 @@ def main() -> None:
     result = save(
         "network_setups",
         "Network set-ups and launchers",
-        "Two machines (network namespaces), one rank each, the same flags and environment for both "
-        "launchers. torchrun starts a plain DDP script of 20 steps, ddp-launch its own training, of two "
-        "steps with tests, checkpoints and results. Seconds until both machines had ended, the start of "
-        f"Python included; after {options.limit_s:g} s what still ran was ended: it hangs.",
+        "Two machines (network namespaces), one rank each. Both launchers get the same flags and "
+        "environment. torchrun starts a plain DDP script of 20 steps; ddp-launch starts its own training of "
+        "two steps, with evaluation, checkpoints and results. Seconds are counted until the programs on "
+        "both machines have ended, the start of Python included. Programs that still ran after "
+        f'{options.timeout_s:g} s were ended; the table says "hangs".',
         rows,
         [f"torchrun works in {works[0]} of {len(rows)} set-ups, ddp-launch in {works[1]}."],
     )

@@ -1,4 +1,4 @@
-"""What benchmarks/network_setups.py has torchrun start: DDP as the tutorials write it, 20 steps."""
+"""The script that torchrun starts in benchmarks/network_setups.py: 20 steps of DDP as in tutorials."""
 
 import torch
 import torch.distributed as dist

@@ -1,12 +1,13 @@
-"""What every benchmark writes, and the page made of it.
+"""Saves the benchmarks' results, and makes the page of all results.
 
 python benchmarks/report.py      writes benchmarks/RESULTS.md from results/*.json and tried.md
 
-It writes the first finding of each into the README too, but for those that stand there as a table.
+It also writes the first finding of each result into the README, except for results whose whole table is
+there. It measures nothing.
 
-A result file holds: title, what (a sentence: what was measured, and how), rows (each with name,
-unit and runs, all the single measurements; or, with other fields, a table of those), findings
-(sentences with the numbers that matter, the main ones in the first), machine, versions, date.
+A result file has: title; what (what was measured, and how); rows (each with name, unit and runs, which are
+all single measurements; rows with other fields are shown as they are); findings (sentences with the
+numbers that matter, the most important in the first); machine; versions; date.
 """
 
 import json
@@ -22,13 +23,13 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-IN_TABLES = ("network_setups", "faults")  # whole in the README
+IN_TABLES = ("network_setups", "faults")  # their whole tables are in the README
 
 
 def save(
     name: str, title: str, what: str, rows: list[dict[str, Any]], findings: list[str]
 ) -> dict[str, Any]:
-    """Writes results/<name>.json with the machine it ran on, and returns its content."""
+    """Writes results/<name>.json, with this machine, the versions and the date; returns its content."""
     result = {
         "title": title,
         "what": what,
@@ -48,26 +49,27 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = named[0].partition(":")[2].strip() if named else cpu
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """The versions of Python, torch and ddp-lib."""
+    by_name = {"python": platform.python_version()}
     for package in ("torch", "ddp-lib"):
         try:
-            found[package] = version(package)
+            by_name[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            by_name[package] = "not installed"
+    return by_name
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a row with median, lowest, highest and the number of runs.
+    """A Markdown table: median, lowest, highest and number of runs of each row.
 
-    Rows without `runs` show their fields.
+    For rows without `runs`, all their fields.
     """
     if "runs" not in rows[0]:
         columns = list(rows[0])
@@ -101,15 +103,15 @@ def body(result: dict[str, Any]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where and with what it was measured."""
-    where, used = result["machine"], result["versions"]
-    packages = ", ".join(f"{name} {number}" for name, number in used.items())
-    cpu = f"{where['cpu']}, {where['cores']} cores, {where['system']}"
+    """The machine, the versions and the date of the measurement."""
+    host = result["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    cpu = f"{host['cpu']}, {host['cores']} cores, {host['system']}"
     return f"{cpu}; {packages}; {result['date']}."
 
 
 def into_readme(name: str, result: dict[str, Any]) -> None:
-    """Puts the result's text, table and source between the README's marks for `name`."""
+    """Writes the result's text, table and source between the README's marks for `name`."""
     between_marks(name, f"{body(result)}\n\nMeasured on {source(result)}")
 
 
@@ -117,38 +119,39 @@ def between_marks(name: str, text: str) -> None:
     readme = ROOT / "README.md"
     begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- {name}: end -->"
     before, _, rest = readme.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"README.md lacks {begin} ... {end}")
+    _, end_mark, after = rest.partition(end)
+    if not end_mark:
+        raise SystemExit(f"README.md lacks {begin} ... {end}: add both lines")
     readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def main_figures(found: dict[str, dict[str, Any]]) -> str:
-    """A line a result, by name, with the number of runs of its rows, its machine and date."""
+def main_figures(results: dict[str, dict[str, Any]]) -> str:
+    """One line per result, by name: its main finding, machine, number of runs and date."""
     lines = []
-    for name, result in found.items():
+    for name, result in results.items():
         if name not in IN_TABLES:
-            where = result["machine"]
+            host = result["machine"]
             counts = sorted({len(row["runs"]) for row in result["rows"]})
             runs = f"runs: {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "")
-            on = f"{where['cpu']}, {where['cores']} cores; torch {result['versions']['torch']}; {runs}"
-            there = re.sub(r"[^a-z0-9 ]", "", result["title"].lower()).replace(" ", "-")
-            title = f"[{result['title']}](benchmarks/RESULTS.md#{there})"
-            lines.append(f"- {title}: {result['findings'][0]} ({on}; {result['date']})")
+            torch = f"torch {result['versions']['torch']}"
+            anchor = re.sub(r"[^a-z0-9 ]", "", result["title"].lower()).replace(" ", "-")
+            title = f"[{result['title']}](benchmarks/RESULTS.md#{anchor})"
+            origin = f"{host['cpu']}, {host['cores']} cores; {torch}; {runs}; {result['date']}"
+            lines.append(f"- {title}: {result['findings'][0]} ({origin})")
     return "\n".join(lines)
 
 
 def main() -> None:
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     intro = (
         "# Measurements\n\nMade by `make bench` and `make bench-full`, on the machine named under "
         "each table. All single runs are in `benchmarks/results/`."
     )
     tried = (HERE / "tried.md").read_text().rstrip()
-    page = "\n\n".join([intro, *map(section, found.values()), tried]) + "\n"
+    page = "\n\n".join([intro, *map(section, results.values()), tried]) + "\n"
     (HERE / "RESULTS.md").write_text(page)
-    between_marks("report", main_figures(found))
-    print(f"{HERE / 'RESULTS.md'}: {len(found)} result(s)")
+    between_marks("report", main_figures(results))
+    print(f"{HERE / 'RESULTS.md'}: {len(results)} result(s)")
 
 
 if __name__ == "__main__":

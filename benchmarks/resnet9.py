@@ -1,4 +1,4 @@
-"""The stronger model of benchmarks/gpu.py: --model resnet9:ResNet9, from the folder benchmarks/."""
+"""The larger model for benchmarks/gpu.py: in the folder benchmarks/, --model resnet9:ResNet9."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from ddp_lib.model import Residual, conv_block
 class ResNet9(nn.Module):
     """Images (B, 3, 32, 32) in, logits (B, num_classes) out; 6.6 million parameters.
 
-    The net of David Page's "How to train your ResNet" (2018): eight convolutions, one linear layer.
+    The network of David Page's "How to train your ResNet" (2018): eight convolutions, one linear layer.
     """
 
     def __init__(self, num_classes: int = 10) -> None:

@@ -2,10 +2,11 @@
 
 python benchmarks/resume.py [--rounds 3]
 
-A worker of two is killed (SIGKILL) in the second epoch; the agent starts both again, and they go on
-from the last checkpoint. Counted: seconds from the kill until a step has ended that had not been
-done before, and of them those spent on doing steps again. From the same runs' logs: a checkpoint's
-share of an epoch. Beside it, timed alone: one line of the run log, against the median step.
+One of two workers is killed (SIGKILL) in the second epoch. The agent starts both again, and they resume
+from the last checkpoint. This measures the seconds from the kill until a step has ended that had not been
+done before, and how many of these seconds were spent on repeating steps. From the same runs' logs comes
+the time of a checkpoint, as a percentage of an epoch. The time of writing one line of the run log is
+measured separately, as a percentage of the median step.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import psutil
 from report import save, table
 from throughput import ENVIRONMENT
 
-LIMIT_S = 900
+TIMEOUT_S = 900
 
 
 def kill_one_rank(folder: Path) -> dict[str, float]:
@@ -34,7 +35,7 @@ def kill_one_rank(folder: Path) -> dict[str, float]:
     command += ["--data-dir", str(folder)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     log = folder / "run" / "rank1.jsonl"
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not (log.exists() and log.read_text().count('"epoch": 1,') > 20):
         if process.poll() is not None or time.monotonic() > deadline:
             process.terminate()
@@ -47,19 +48,19 @@ def kill_one_rank(folder: Path) -> dict[str, float]:
     ]
     killed = time.time()
     os.kill(ranks[-1].pid, signal.SIGKILL)
-    if process.wait(LIMIT_S):
+    if process.wait(TIMEOUT_S):
         raise SystemExit(f"the resumed run ended with status {process.returncode}")
     steps = read_run(folder / "run", superseded=True)
     steps = steps[steps["rank"] == 0]
     first, second = steps[steps["start"] == 0], steps[steps["start"] == 1]
     new = second[second["step"] > first["step"].max()].iloc[0]
-    again = second[second["step"] <= first["step"].max()]["step_s"].sum()
+    repeated = second[second["step"] <= first["step"].max()]["step_s"].sum()
     events = read_events(folder / "run")
     written = events[(events["event"] == "checkpoint") & (events["start"] == 0)]["seconds"]
     epoch_s = first[first["epoch"] == 0]["step_s"].sum()
     return {
         "until a new step": float(new["time"] - killed),
-        "again": float(again),
+        "repeated": float(repeated),
         "checkpoint": float(written.iloc[0]),
         "epoch": float(epoch_s),
         "step": float(first["step_s"].median()),
@@ -67,7 +68,7 @@ def kill_one_rank(folder: Path) -> dict[str, float]:
 
 
 def log_line_s(lines: int = 2000) -> float:
-    """Median seconds of writing one line."""
+    """The median seconds that writing one line takes."""
     from ddp_lib.run_dir.log import RunLog
 
     seconds = []
@@ -89,24 +90,28 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rounds.append(kill_one_rank(Path(folder)))
     line_s = log_line_s()
-    waited = [one["until a new step"] - one["again"] for one in rounds]
-    share = [100 * one["checkpoint"] / one["epoch"] for one in rounds]
-    log_share = 100 * line_s / statistics.median(one["step"] for one in rounds)
+    rest_s = [times["until a new step"] - times["repeated"] for times in rounds]
+    checkpoint_percent = [100 * times["checkpoint"] / times["epoch"] for times in rounds]
+    log_percent = 100 * line_s / statistics.median(times["step"] for times in rounds)
     rows = [
         {
-            "name": "kill to a new step",
+            "name": "from the kill to a new step",
             "unit": "s",
-            "runs": [r["until a new step"] for r in rounds],
+            "runs": [times["until a new step"] for times in rounds],
         },
-        {"name": "of it, steps done again", "unit": "s", "runs": [r["again"] for r in rounds]},
-        {"name": "of it, all else", "unit": "s", "runs": waited},
-        {"name": "a checkpoint, of an epoch", "unit": "%", "runs": share},
-        {"name": "a line of the log, of a step", "unit": "%", "runs": [log_share]},
+        {
+            "name": "part of it: steps repeated",
+            "unit": "s",
+            "runs": [times["repeated"] for times in rounds],
+        },
+        {"name": "part of it: everything else", "unit": "s", "runs": rest_s},
+        {"name": "a checkpoint, part of an epoch", "unit": "%", "runs": checkpoint_percent},
+        {"name": "a line of the log, part of a step", "unit": "%", "runs": [log_percent]},
     ]
     findings = [
-        f"A killed worker costs {statistics.median(waited):.1f} s and the steps after the last "
-        f"checkpoint; the run log costs {log_share:.3f} % of a step, a checkpoint "
-        f"{statistics.median(share):.2f} % of an epoch of 10,000 images."
+        f"A killed worker costs {statistics.median(rest_s):.1f} s and the steps after the last "
+        f"checkpoint; the run log costs {log_percent:.3f} % of a step, a checkpoint "
+        f"{statistics.median(checkpoint_percent):.2f} % of an epoch of 10,000 images."
     ]
     what = "Two ranks on the built-in images; one of them is killed in the second epoch."
     result = save("resume", "A killed worker, checkpoints, the log", what, rows, findings)

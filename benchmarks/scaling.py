@@ -1,12 +1,13 @@
-"""Step time on more ranks, on this machine and over slower and slower links, beside the cost model.
+"""Step time on more ranks, on this machine and over slow links, measured and predicted.
 
 python benchmarks/scaling.py [--full] [--steps 8]
 
-64 images a rank, one thread each, fp32. Ranks 1, 2, 4 (and, with --full, 8) share this machine's
-cores. Then 2 (and 4) machines made of network namespaces, joined by links shaped to a rate, without
-a hook and with DDP's fp16 and PowerSGD hooks; these need root, and are left out, with a line, where
-they cannot be made. The prediction is ddp_lib.report.scaling's: its link is fitted to bare all-reduces of
-the same ranks, its step to unwrapped steps that send nothing; it never sees a DDP step.
+64 images per rank, one thread per rank, fp32. First, 1, 2 and 4 ranks (with --full also 8) run on this
+machine's cores. Then 2 machines (with --full also 4), made of network namespaces whose links are limited
+to a rate, run without a hook and with DDP's fp16 and PowerSGD hooks. These need root; if they cannot be
+made, they are left out, and the report says so. The prediction is that of ddp_lib.report.scaling. Its link
+is fitted to plain all-reduces of the same ranks, and its step to steps without DDP, which send nothing.
+It never sees a DDP step.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from report import save, table
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "hosts"))
-LIMIT_S = 600
+TIMEOUT_S = 600
 RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "20mbit": "20 Mbit/s"}
 
 
@@ -30,8 +31,8 @@ def local(ranks: int, steps: int) -> dict[str, Any]:
 
     from ddp_lib import run_ranks
 
-    what = ("none", steps, LOCAL_SIZES, LOCAL_REPEATS)
-    return run_ranks(measure, ranks, *what, timeout_s=LIMIT_S)[0]
+    arguments = ("none", steps, LOCAL_SIZES, LOCAL_REPEATS)
+    return run_ranks(measure, ranks, *arguments, timeout_s=TIMEOUT_S)[0]
 
 
 def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:
@@ -53,21 +54,21 @@ def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:
             for rank, machine in enumerate(lab.machines)
         ]
         for program in programs:
-            if program.wait(LIMIT_S):
+            if program.wait(TIMEOUT_S):
                 raise SystemExit(f"a machine's program failed:\n{program.output}")
         line = next(line for line in programs[0].output.splitlines() if line.startswith("{"))
         return json.loads(line)
 
 
-def predicted_s(found: dict[str, Any], ranks: int, hook: str) -> float | None:
-    """By the cost model; None for PowerSGD, whose own arithmetic it does not know."""
+def predicted_s(measured: dict[str, Any], ranks: int, hook: str) -> float | None:
+    """Seconds per step by the cost model; None for PowerSGD, whose arithmetic the model leaves out."""
     from ddp_lib.report.scaling import Step, fit_link, predict_step_s
 
     if ranks == 1 or hook == "PowerSGD":
         return None
-    link = fit_link({int(k): v for k, v in found["all_reduce_s"].items()}, ranks)
-    sent = found["gradient_bytes"] // (2 if hook == "fp16" else 1)
-    return predict_step_s(Step(found["compute_s"], found["backward_s"], sent), link, ranks)
+    link = fit_link({int(k): v for k, v in measured["all_reduce_s"].items()}, ranks)
+    sent = measured["gradient_bytes"] // (2 if hook == "fp16" else 1)
+    return predict_step_s(Step(measured["compute_s"], measured["backward_s"], sent), link, ranks)
 
 
 def main() -> None:
@@ -89,35 +90,36 @@ def main() -> None:
                 name = f"{count} machines, {RATES[rate]}" + ("" if hook == "none" else f", {hook}")
                 cells.append((name, count, hook, on_machines(count, rate, hook, options.steps)))
     rows, findings, errors = [], [], []
-    for name, ranks, hook, found in cells:
-        rows.append({"name": name, "unit": "ms", "runs": [1000 * s for s in found["step_s"]]})
-        measured = statistics.median(found["step_s"])
-        expected = predicted_s(found, ranks, hook)
-        efficiency = f"{found['compute_s'] / measured:.0%} of a step that sends nothing"
+    for name, ranks, hook, measured in cells:
+        rows.append({"name": name, "unit": "ms", "runs": [1000 * s for s in measured["step_s"]]})
+        step_s = statistics.median(measured["step_s"])
+        expected = predicted_s(measured, ranks, hook)
+        speed = f"{measured['compute_s'] / step_s:.0%} of the speed without communication"
         if expected is None:
-            findings.append(f"{name}: {1000 * measured:.0f} ms, {efficiency}.")
+            findings.append(f"{name}: {1000 * step_s:.0f} ms, {speed}.")
             continue
-        errors.append(100 * (expected / measured - 1))
+        errors.append(100 * (expected / step_s - 1))
         findings.append(
-            f"{name}: {1000 * measured:.0f} ms, {efficiency}; predicted {1000 * expected:.0f} ms, "
+            f"{name}: {1000 * step_s:.0f} ms, {speed}; predicted {1000 * expected:.0f} ms, "
             f"error {errors[-1]:+.0f} %."
         )
     sizes = [abs(error) for error in errors]
-    main = (
-        f"the prediction is {statistics.median(sizes):.0f} % off in the median cell, "
-        f"{max(sizes):.0f} % in the worst, of {len(sizes)}."
+    main_finding = (
+        f"the prediction is off by {statistics.median(sizes):.0f} % in the median and by "
+        f"{max(sizes):.0f} % in the worst of {len(sizes)} cases."
     )
-    by_name = {name: statistics.median(found["step_s"]) for name, _, _, found in cells}
+    by_name = {name: statistics.median(measured["step_s"]) for name, _, _, measured in cells}
     for name in [name for name in by_name if name.endswith("20 Mbit/s")]:
         ratios = [by_name[name] / by_name[f"{name}, {hook}"] for hook in ("fp16", "PowerSGD")]
-        main += (
-            f" {name}: fp16 makes a step {ratios[0]:.2f}, PowerSGD {ratios[1]:.1f} times as fast."
+        main_finding += (
+            f" {name}: a step is {ratios[0]:.2f} times as fast with fp16, {ratios[1]:.1f} times with "
+            "PowerSGD."
         )
-    findings.insert(0, main)
+    findings.insert(0, main_finding)
     if lacks:
-        findings.append(f"No machines: {lacks}.")
+        findings.append(f"Not measured on several machines: {lacks}.")
     sent = cells[0][3]["gradient_bytes"]
-    what = f"Milliseconds a step, 64 images a rank; the gradients are {sent / 1e6:.1f} MB."
+    what = f"Milliseconds per step, 64 images per rank; the gradients are {sent / 1e6:.1f} MB."
     result = save("scaling", "Step time on more ranks", what, rows, findings)
     print(table(result["rows"]))
     print(*findings, sep="\n")

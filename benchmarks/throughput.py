@@ -1,15 +1,19 @@
-"""Images/s of `fit` on two ranks, beside what a user would otherwise write, and beside the limit.
+"""Images/s of `fit` on two ranks, of what a user would otherwise write, and of the limit.
 
 python benchmarks/throughput.py [--rounds 5] [--steps 60]
 
-Each round runs every side once, one after the other, on two ranks of one thread each: the same
-SimpleModel, SGD, 128 images a step, random crops and flips, on the built-in images. Counted are the
-steps after the tenth. The limit computes forward, backward and step on one constant batch, in both
-processes at once, without communication, data or log, in the fastest of {fp32, bf16} x {NCHW,
-channels_last}. Two more limits: the same where freed memory stays with the process, as `fit` sets it,
-and that with an all-reduce of one number after each step: what waiting for the slower rank costs
-before a gradient is sent. Needs benchmarks/requirements.txt for accelerate and Lightning; without them
-their rows are left out, and the table says so.
+Each round runs every contender once, one after the other, on two ranks with one thread each: the same
+SimpleModel, SGD, 128 images per step, random crops and flips, on the built-in images. The first ten steps
+are not counted.
+
+The limit computes forward, backward and optimizer step on one constant batch, in both processes at the
+same time, without communication, data or log, in the fastest of {fp32, bf16} x {NCHW, channels_last}.
+There are two more limits. In one the process keeps its freed memory, as in `fit`. The other also has an
+all-reduce of one number after each step; it shows what waiting for the slower rank costs even before a
+gradient is sent.
+
+accelerate and Lightning need benchmarks/requirements.txt. If they are not installed, their rows are left
+out, and the findings say so.
 """
 
 import argparse
@@ -27,9 +31,9 @@ from report import save, table
 
 HERE = Path(__file__).parent
 RANKS, GLOBAL_BATCH, FIRST = 2, 128, 10
-LIMIT_S = 600
-KEEPING = "limit where freed memory is kept"
-MEETING = "the same, and the ranks meet after each step"
+TIMEOUT_S = 600
+KEEP_MEMORY = "limit, freed memory kept"
+SYNCHRONIZED = "limit, freed memory kept, an all-reduce after each step"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTENDERS = {
     "the conventional loop": ("conventional.py", None),
@@ -39,13 +43,13 @@ CONTENDERS = {
 
 
 def images_per_s(ended: list[float]) -> float:
-    """Over all ranks, from the end of step FIRST to the end of the last."""
+    """Images/s over all ranks, from the end of step FIRST to the end of the last step."""
     return GLOBAL_BATCH * (len(ended) - 1 - FIRST) / (ended[-1] - ended[FIRST])
 
 
 def run(command: list[str]) -> str:
     done = subprocess.run(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
     )
     return done.stdout
 
@@ -59,12 +63,12 @@ def contender(script: str, steps: int, workers: int, data_dir: str) -> float:
 
 
 def best_workers(data_dir: str) -> tuple[int, list[int]]:
-    """The number of DataLoader workers that makes the conventional loop fastest, and those tried."""
+    """The number of DataLoader workers with which the conventional loop is fastest, and those tried."""
     from ddp_lib.data.dataset import load_dataset
 
     load_dataset("shapes", data_dir, log=lambda line: None)
-    tried = {w: contender("conventional.py", 30, w, data_dir) for w in (0, 1, 2)}
-    return max(tried, key=lambda w: tried[w]), list(tried)
+    speeds = {n: contender("conventional.py", 30, n, data_dir) for n in (0, 1, 2)}
+    return max(speeds, key=lambda n: speeds[n]), list(speeds)
 
 
 def ours(steps: int, data_dir: str) -> float:
@@ -79,9 +83,13 @@ def ours(steps: int, data_dir: str) -> float:
 
 
 def constant_batch(
-    precision: str, layout: str, steps: int, keep: bool = False, meet: bool = False
+    precision: str,
+    layout: str,
+    steps: int,
+    keep_memory: bool = False,
+    synchronize: bool = False,
 ) -> list[float]:
-    """Runs on each rank: when each step ended."""
+    """Runs on each rank; returns when each step ended, in seconds."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -90,14 +98,14 @@ def constant_batch(
     from ddp_lib.distributed.device import keep_freed_memory
 
     torch.set_num_threads(1)
-    if keep:
+    if keep_memory:
         keep_freed_memory()
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = SimpleModel().to(memory_format=form)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = SimpleModel().to(memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    x = torch.randn(GLOBAL_BATCH // RANKS, 3, 32, 32).to(memory_format=form)
+    x = torch.randn(GLOBAL_BATCH // RANKS, 3, 32, 32).to(memory_format=memory_format)
     y = torch.randint(0, 10, (len(x),))
-    if meet:
+    if synchronize:
         dist.init_process_group("gloo")
     ended = []
     for _ in range(steps):
@@ -106,21 +114,32 @@ def constant_batch(
         F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if meet:
+        if synchronize:
             dist.all_reduce(torch.ones(1))
         ended.append(time.perf_counter())
     return ended
 
 
-def limit(best: tuple[str, str], steps: int, keep: bool = False, meet: bool = False) -> float:
+def limit(
+    precision: str,
+    layout: str,
+    steps: int,
+    keep_memory: bool = False,
+    synchronize: bool = False,
+) -> float:
+    """Images/s over both ranks on a constant batch."""
     from ddp_lib import run_ranks
 
-    ranks = run_ranks(constant_batch, RANKS, *best, steps, keep, meet, timeout_s=LIMIT_S)
+    arguments = (precision, layout, steps, keep_memory, synchronize)
+    ranks = run_ranks(constant_batch, RANKS, *arguments, timeout_s=TIMEOUT_S)
     return statistics.mean(images_per_s(ended) for ended in ranks)
 
 
 def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
-    """Runs on each rank: seconds of each part of a step, each step of three made in three ways."""
+    """Runs on each rank; returns the seconds of each part of each step after the first FIRST steps.
+
+    Every second step does not communicate.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -149,7 +168,7 @@ def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
             marks = [time.perf_counter()]
             x, y = make_batch(data.train, indices, data, augment=(0, 0))
             marks.append(time.perf_counter())
-            # Every second step sends nothing: the difference is what communication costs.
+            # Every second step sends nothing; the difference shows what communication costs.
             with torch.enable_grad() if step % 2 else net.no_sync():
                 with autocast(precision, world.device):
                     logits = net(x)
@@ -174,17 +193,19 @@ def where_time_goes(steps: int, data_dir: str) -> str:
     from ddp_lib import run_ranks
 
     parts = [
-        p for rank in run_ranks(step_parts, RANKS, steps, data_dir, timeout_s=LIMIT_S) for p in rank
+        p
+        for rank in run_ranks(step_parts, RANKS, steps, data_dir, timeout_s=TIMEOUT_S)
+        for p in rank
     ]
 
     def ms(name: str) -> float:
         return 1000 * statistics.median(part[name] for part in parts if name in part)
 
-    sent = ms("backward and all-reduce") - ms("backward")
-    shown = {"data": ms("data"), "forward": ms("forward"), "backward": ms("backward")}
-    shown |= {"communication not hidden": sent, "optimizer": ms("optimizer"), "log": ms("log")}
-    listed = ", ".join(f"{name} {value:.2f} ms" for name, value in shown.items())
-    return f"Where a step's time goes (medians over both ranks): {listed}."
+    exposed = ms("backward and all-reduce") - ms("backward")
+    times = {"data": ms("data"), "forward": ms("forward"), "backward": ms("backward")}
+    times |= {"communication not hidden": exposed, "optimizer": ms("optimizer"), "log": ms("log")}
+    text = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+    return f"Where a step's time goes (medians over both ranks): {text}."
 
 
 def main() -> None:
@@ -192,48 +213,54 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
-    sides = {
+    contenders = {
         name: script
         for name, (script, package) in CONTENDERS.items()
         if package is None or importlib.util.find_spec(package)
     }
     with tempfile.TemporaryDirectory() as data_dir:
-        workers, tried = best_workers(data_dir)
+        workers, workers_tried = best_workers(data_dir)
         combinations = [
             (precision, layout)
             for precision in ("fp32", "bf16")
             for layout in ("NCHW", "channels_last")
         ]
-        speeds = {each: limit(each, FIRST + 6) for each in combinations}
+        speeds = {each: limit(*each, FIRST + 6) for each in combinations}
         best = max(speeds, key=lambda each: speeds[each])
         runs: dict[str, list[float]] = {"ddp-launch train": []}
-        runs |= {name: [] for name in sides} | {"limit": [], KEEPING: [], MEETING: []}
+        runs |= {name: [] for name in contenders}
+        runs |= {"limit": [], KEEP_MEMORY: [], SYNCHRONIZED: []}
         for _ in range(options.rounds):
             runs["ddp-launch train"].append(ours(options.steps, data_dir))
-            for name, script in sides.items():
+            for name, script in contenders.items():
                 runs[name].append(contender(script, options.steps, workers, data_dir))
-            runs["limit"].append(limit(best, options.steps))
-            runs[KEEPING].append(limit(best, options.steps, keep=True))
-            runs[MEETING].append(limit(best, options.steps, keep=True, meet=True))
+            runs["limit"].append(limit(*best, options.steps))
+            runs[KEEP_MEMORY].append(limit(*best, options.steps, keep_memory=True))
+            runs[SYNCHRONIZED].append(
+                limit(*best, options.steps, keep_memory=True, synchronize=True)
+            )
         parts = where_time_goes(options.steps, data_dir)
     median = {name: statistics.median(values) for name, values in runs.items()}
-    mine = median["ddp-launch train"]
-    times = [f"{mine / median[name]:.2f} times as many as {name}" for name in sides]
+    speed = median["ddp-launch train"]
+    ratios = [f"{speed / median[name]:.2f} times as many as {name}" for name in contenders]
     findings = [
-        f"`ddp-launch train` trains {mine:,.0f} images/s, {', '.join(times)}, and "
-        f"{mine / median['limit']:.2f} of the limit, {mine / median[KEEPING]:.2f} of the limit where "
-        f"freed memory is kept, {mine / median[MEETING]:.2f} where the ranks meet, too."
+        f"`ddp-launch train` trains {speed:,.0f} images/s: {', '.join(ratios)}. This is "
+        f"{speed / median['limit']:.2f} of the limit, {speed / median[KEEP_MEMORY]:.2f} of the limit if "
+        f"freed memory is kept, and {speed / median[SYNCHRONIZED]:.2f} of the limit if there is also an "
+        "all-reduce after each step."
     ]
-    findings += [f"{name}: not installed, left out." for name in CONTENDERS if name not in sides]
     findings += [
-        f"The limit's best is {best[0]} in {best[1]}; the conventional loop's best number of "
-        f"workers is {workers} (tried: {', '.join(map(str, tried))}).",
+        f"{name} is not installed, and left out." for name in CONTENDERS if name not in contenders
+    ]
+    findings += [
+        f"The limit is highest with {best[0]} in {best[1]}; the conventional loop is fastest with "
+        f"{workers} workers (tried: {', '.join(map(str, workers_tried))}).",
         parts,
     ]
     result = save(
         "throughput",
         "Throughput of two ranks",
-        "Images/s over both ranks, one thread each, all sides in turn in each round.",
+        "Images/s over both ranks, one thread per rank; each round runs all contenders in turn.",
         [{"name": name, "unit": "images/s", "runs": values} for name, values in runs.items()],
         findings,
     )

@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: help from their docstrings, errors in one line."""
+"""Command lines from dataclasses: their docstrings are the help, and errors are one line."""
 
 import io
 import sys
@@ -10,37 +10,37 @@ import tyro
 from ddp_lib.errors import UserError
 
 
-def parse(what: Any, argv: list[str] | None, prog: str) -> Any:
-    """An instance of the dataclass `what` (or a tuple of instances) from command-line arguments.
+def parse(dataclass: Any, argv: list[str] | None, prog: str) -> Any:
+    """An instance of the dataclass `dataclass` (or a tuple of instances) from command-line arguments.
 
-    argv None: those of this process. UserError in one line for a wrong flag or value; `--help`
-    prints and raises SystemExit(0).
+    argv: None means the arguments of this process. Raises UserError if a flag or value is wrong, and
+    SystemExit(0) after `--help` has printed the help.
     """
-    screen = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(screen):
+        with redirect_stderr(stderr):
             return tyro.cli(
-                what,
+                dataclass,
                 args=sys.argv[1:] if argv is None else argv,
                 prog=prog,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
             )
-    except SystemExit as leaving:
-        if not leaving.code:
+    except SystemExit as exit_request:
+        if not exit_request.code:
             raise
-        raise UserError(f"{_one_line(screen.getvalue())}; see {prog} --help") from None
+        raise UserError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
 
 
 def _one_line(box: str) -> str:
-    """What is wrong, and the flag that was perhaps meant, from tyro's box of several lines."""
+    """What is wrong, and the flag that was probably meant, from the box of lines that tyro prints."""
     rows = [row.strip("│╭╮╰╯─ \n") for row in box.splitlines()[1:]]
-    wrong: list[str] = []
+    message: list[str] = []
     for row in rows:
         if not row:
             break
-        wrong.append(row)
-    text = " ".join(wrong).rstrip(".")
-    meant = next((i for i, row in enumerate(rows) if row.startswith("Perhaps you meant")), None)
-    if meant is not None and meant + 1 < len(rows):
-        text += f" (did you mean {rows[meant + 1].split()[0]}?)"
+        message.append(row)
+    text = " ".join(message).rstrip(".")
+    hint = next((i for i, row in enumerate(rows) if row.startswith("Perhaps you meant")), None)
+    if hint is not None and hint + 1 < len(rows):
+        text += f" (did you mean {rows[hint + 1].split()[0]}?)"
     return text

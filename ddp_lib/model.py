@@ -1,6 +1,6 @@
-"""SimpleModel: the plain convolutional net that the course trains.
+"""SimpleModel: the plain convolutional network that the course trains.
 
-Edit it, or name your own with --model package.module:callable.
+Edit it, or name a model of your own with --model package.module:callable.
 """
 
 import sys
@@ -13,17 +13,23 @@ from ddp_lib.errors import UserError
 
 
 def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Sequential:
-    """3x3 convolution, BatchNorm, ReLU; with `pool`, height and width are halved."""
+    """3x3 convolution, BatchNorm, ReLU: (B, channels_in, H, W) -> (B, channels_out, H, W).
+
+    With `pool`, height and width are halved.
+    """
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
-        nn.MaxPool2d(2) if pool else nn.Identity(),  # before the rest: four times less to compute
+        nn.MaxPool2d(2) if pool else nn.Identity(),  # before the next two: a quarter to compute
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     )
 
 
 class Residual(nn.Module):
-    """x + f(x) with two convolutions in f; keeps the shape. He et al., "Deep residual learning" (2015)."""
+    """x + f(x), where f has two convolutions; keeps the shape (B, channels, H, W).
+
+    He et al., "Deep residual learning" (2015).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -37,7 +43,8 @@ class SimpleModel(nn.Module):
     """Seven convolutions and one linear layer for images (B, 3, 32, 32); returns logits (B, num_classes).
 
     The image shrinks early, so that most of the work is done on small maps: 33 million
-    multiplications an image. They share 431 thousand parameters: few, for each is sent at every step.
+    multiplications per image. There are only 431 thousand parameters, because the gradient of each is
+    sent at every step.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -53,15 +60,16 @@ class SimpleModel(nn.Module):
         self.classifier = nn.Linear(240, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # Scaled down: the largest activations over an image make large logits, and the first steps
-        # would leap about.
+        # Scaled down: the maximum over the image makes logits large, and the loss would jump about in
+        # the first steps.
         return 0.2 * self.classifier(self.features(images).flatten(1))
 
 
 def build_model(spec: str, num_classes: int) -> nn.Module:
-    """The model that `package.module:callable` makes when called with num_classes=...
+    """The model that `package.module:callable` returns when it is called with num_classes=...
 
-    The working directory is on the path. UserError where it cannot be found or called.
+    The working directory is on the path. UserError if the callable cannot be found or called, or
+    returns no torch.nn.Module with a parameter to train.
     """
     module_name, _, name = spec.partition(":")
     if "" not in sys.path:
@@ -82,10 +90,10 @@ def build_model(spec: str, num_classes: int) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"--model {spec!r} gives a {type(model).__name__}: return a torch.nn.Module"
+            f"--model {spec!r} returns a {type(model).__name__}: return a torch.nn.Module"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
-            f"--model {spec!r} has no parameter to train: leave some with requires_grad"
+            f"--model {spec!r} has no parameter to train: set requires_grad on at least one"
         )
     return model

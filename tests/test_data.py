@@ -510,7 +510,7 @@ def test_folder_refusals(tmp_path: Path, folder: Path) -> None:
         bad.write_bytes(content)
         assert f"image {bad} cannot be read" in refusal(str(folder), into)
     bad.unlink()
-    assert f"class folder {bad.parent} holds no image" in refusal(str(folder), into)
+    assert f"class folder {bad.parent} holds no images" in refusal(str(folder), into)
     bad.symlink_to(tmp_path / "gone.png")
     assert str(bad) in refusal(str(folder), into)
     bad.unlink()

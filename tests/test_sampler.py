@@ -105,7 +105,7 @@ def test_evaluation_is_exact_on_any_number_of_ranks(n: int, batch_size: int) -> 
     [
         (100, 128, 0, 1, "100 training samples make no global batch of 128"),
         (0, 1, 0, 1, "0 training samples"),
-        (1000, 128, 0, 3, "global batch size 128 does not divide by 3 ranks: take 129"),
+        (1000, 128, 0, 3, "global batch size 128 is not divisible by 3 ranks: take 129"),
         (1000, 0, 0, 2, "global batch size 0"),
         (1000, -4, 0, 2, "global batch size -4"),
         (1000, 100, 2, 2, "rank 2 of 2"),

@@ -85,7 +85,7 @@ def test_efficiency_falls_with_ranks_and_rises_with_accumulation():
     assert by_ranks == sorted(by_ranks, reverse=True)
     parts = [efficiency(STEP.accumulated(n), LINK, 64) for n in (1, 2, 4)]
     assert parts == sorted(parts)
-    assert predict_step_s(STEP.shared(4), LINK, 4) < predict_step_s(STEP, LINK, 4)
+    assert predict_step_s(STEP.divided(4), LINK, 4) < predict_step_s(STEP, LINK, 4)
 
 
 def measure(sizes: list[int]) -> dict[int, list[float]]:

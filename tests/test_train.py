@@ -282,7 +282,7 @@ def test_finished_then_more_epochs(tmp_path, images_folder, shared_cache):
         ({"lr": 0.01}, "lr: 0.05 -> 0.01"),
         ({"resume": "never"}, None),
         ({"run_dir": "new", "resume": "must"}, "holds no checkpoint"),
-        ({"run_dir": "new", "global_batch_size": 211}, "211 does not divide by 2 ranks"),
+        ({"run_dir": "new", "global_batch_size": 211}, "211 is not divisible by 2 ranks"),
         ({"run_dir": "new", "global_batch_size": 1000}, "630"),
         ({"run_dir": "new", "model": "models:nothing"}, "models:nothing"),
         ({"run_dir": "new", "model": "no_such_module:Net"}, "no_such_module"),

@@ -1,9 +1,9 @@
-"""What all contenders share: the same images, model, optimizer and batch; and how they report.
+"""What is the same for all contenders: images, model, optimizer, batch, and how they report.
 
-Each contender is started by torchrun on two ranks of one thread. It trains `--steps` steps on images
-that torchvision's transforms augment one at a time, as every introduction shows it, and rank 0
-prints one JSON line: when each step ended, in seconds. With `--epochs` it trains whole epochs on
-`--data` instead, and reports after each the seconds spent training and the accuracy.
+torchrun starts each contender on two ranks with one thread each. The contender trains `--steps` steps on
+images that torchvision's transforms augment one at a time, as introductions show it. Rank 0 prints one
+JSON line: when each step ended, in seconds. With `--epochs` it trains whole epochs on `--data` instead,
+and reports the seconds spent training and the accuracy after each epoch.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class PictureDataset(Dataset):
-    """As torchvision.datasets.CIFAR10: images in memory, one PIL image and label an index."""
+    """Like torchvision.datasets.CIFAR10: images in memory, one PIL image and one label per index."""
 
     def __init__(self, split: Split, transform: transforms.Compose) -> None:
         self.images, self.labels = split.images.numpy().copy(), split.labels.tolist()
@@ -41,7 +41,7 @@ class PictureDataset(Dataset):
 
 
 class Job:
-    """The parsed command line, and the pieces that are the same for every contender."""
+    """The parsed command line, and the parts that are the same for every contender."""
 
     def __init__(self) -> None:
         parser = argparse.ArgumentParser()
@@ -83,7 +83,7 @@ class Job:
         )
 
     def loader(self, sampler: Any = None, shuffle: bool = False) -> DataLoader:
-        """This rank's batches; without a sampler, those that the framework then shares out."""
+        """This rank's batches; without a sampler, the framework divides them among the ranks."""
         return DataLoader(
             self.train_set(),
             batch_size=GLOBAL_BATCH // WORLD_SIZE,
@@ -94,7 +94,7 @@ class Job:
             drop_last=True,
         )
 
-    def shared_loader(self) -> tuple[DataLoader, DistributedSampler]:
+    def distributed_loader(self) -> tuple[DataLoader, DistributedSampler]:
         sampler: DistributedSampler = DistributedSampler(
             range(len(self.data.train)),  # type: ignore[arg-type]
             WORLD_SIZE,
@@ -105,7 +105,7 @@ class Job:
         return self.loader(sampler), sampler
 
     def step_ended(self) -> bool:
-        """Notes the time; whether that was the last step asked for."""
+        """Records the time; returns whether this was the last of the `--steps` steps."""
         self.ended.append(time.perf_counter())
         return len(self.ended) >= self.options.steps
 

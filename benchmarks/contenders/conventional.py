@@ -1,4 +1,4 @@
-"""DDP as the introductions show it: DataLoader, DistributedSampler, a plain loop in fp32."""
+"""DDP as introductions show it: DataLoader, DistributedSampler, a plain loop in fp32."""
 
 import time
 
@@ -16,7 +16,7 @@ def main() -> None:
     job = Job()
     model = DistributedDataParallel(job.model())
     optimizer = job.optimizer(model)
-    loader, sampler = job.shared_loader()
+    loader, sampler = job.distributed_loader()
     if job.options.epochs:
         train_epochs(job, model, optimizer, loader, sampler)
     else:
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def train_epochs(job, model, optimizer, loader, sampler) -> None:
-    """Whole epochs with the one-cycle schedule, evaluated after each on rank 0, on all test images."""
+    """Whole epochs with the one-cycle schedule; after each, rank 0 evaluates on all test images."""
     config = job.config
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -47,13 +47,13 @@ def train_epochs(job, model, optimizer, loader, sampler) -> None:
     for epoch in range(job.options.epochs):
         sampler.set_epoch(epoch)
         model.train()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for images, labels in loader:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             schedule.step()
-        seconds += time.perf_counter() - began
+        seconds += time.perf_counter() - start
         if dist.get_rank() == 0:
             epochs.append({"seconds": seconds, "accuracy": accuracy(job, model.module)})
         dist.barrier()
@@ -62,17 +62,17 @@ def train_epochs(job, model, optimizer, loader, sampler) -> None:
 
 @torch.no_grad()
 def accuracy(job, model) -> float:
-    plain = transforms.Compose(
+    transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize(job.data.mean, job.data.std)]
     )
     from common import PictureDataset
 
     model.eval()
-    right = 0
-    tests = PictureDataset(job.data.test, plain)
-    for images, labels in DataLoader(tests, batch_size=2 * GLOBAL_BATCH):
-        right += int((model(images).argmax(dim=1) == labels).sum())
-    return right / len(tests)
+    correct = 0
+    test_set = PictureDataset(job.data.test, transform)
+    for images, labels in DataLoader(test_set, batch_size=2 * GLOBAL_BATCH):
+        correct += int((model(images).argmax(dim=1) == labels).sum())
+    return correct / len(test_set)
 
 
 if __name__ == "__main__":

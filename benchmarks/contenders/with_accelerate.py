@@ -1,4 +1,4 @@
-"""Hugging Face accelerate, as its quick tour writes a loop: prepare, backward, step."""
+"""Hugging Face accelerate, used as in its quick tour: prepare, backward, step."""
 
 import torch.nn.functional as F
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Lightning, as its introduction writes it: a LightningModule and a Trainer with strategy "ddp"."""
+"""Lightning, used as in its introduction: a LightningModule and a Trainer with strategy "ddp"."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""CIFAR-10, downloaded and verified by torchvision's own class."""
+"""CIFAR-10, downloaded and verified by torchvision's class."""
 
 import contextlib
 import errno
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_lib.data.cache import Raw
+from ddp_lib.data.cache import RawDataset
 from ddp_lib.errors import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 
-def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None]) -> Raw:
-    """CIFAR-10 from `data_dir`, downloaded into it if need be; torchvision verifies every file.
+def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None]) -> RawDataset:
+    """CIFAR-10 from `data_dir`, downloaded into it if necessary; torchvision verifies every file.
 
-    UserError, naming what to fetch by hand, where the download fails or any answer takes longer
-    than `download_timeout_s`; OSError where the disk refuses.
+    UserError, which says what to download by hand, if the download fails or the server does not
+    answer for `download_timeout_s` seconds. OSError if the disk is full or cannot be written.
     """
     from torchvision.datasets import CIFAR10
 
@@ -40,7 +40,7 @@ def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None
             f"(MD5 {CIFAR10.tgz_md5}) elsewhere and put it in {data_dir.resolve()}, "
             "or take --data shapes, which needs no download"
         ) from None
-    return Raw(
+    return RawDataset(
         tuple(train.classes),
         train.data,
         np.array(train.targets, dtype=np.int64),
@@ -51,7 +51,7 @@ def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision sets no time limit on its sockets, so a silent server would hold it for ever."""
+    """torchvision sets no timeout on its sockets: with a silent server it would hang for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -61,7 +61,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _no_progress_bar_in_logs() -> contextlib.AbstractContextManager[object]:
-    """torchvision draws its bar on stderr; in a file that would be hundreds of lines."""
+    """torchvision draws its progress bar on stderr; in a file that would be hundreds of lines."""
     if sys.stderr.isatty():
         return contextlib.nullcontext()
     return contextlib.redirect_stderr(io.StringIO())

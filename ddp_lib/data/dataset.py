@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ddp_lib.data import shapes
-from ddp_lib.data.cache import Raw, load_or_make, read_meta
+from ddp_lib.data.cache import RawDataset, load_or_make, read_meta
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
 
@@ -26,11 +26,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, and what training needs to know of them.
+    """Two splits, and what training needs to know about them.
 
-    `classes[label]` is a label's name. `mean` and `std` are those of red, green and blue in the
-    training images, on a scale of 0..1. `digest` is a SHA-256 of everything: two machines where it
-    is equal hold equal data.
+    `classes[label]` is a label's name. `mean` and `std` are per channel (red, green, blue) over the
+    training images, on a scale of 0..1. `digest` is a SHA-256 of everything: if it is equal on two
+    machines, their data is equal.
     """
 
     name: str
@@ -42,13 +42,17 @@ class Dataset:
     digest: str
 
     def to_device(self, device: torch.device) -> "Dataset":
-        """The same; on a GPU with room for the images they are in its memory, and batches are made there."""
+        """A copy whose tensors are on `device` if that is a GPU with room for them; else this data set.
+
+        On a GPU, make_batch then makes the batches there. The images must fit into a quarter of the
+        GPU's free memory.
+        """
         if device.type != "cuda":
             return self
-        parts = (self.train, self.test)
-        if 4 * sum(part.images.nbytes for part in parts) > torch.cuda.mem_get_info(device)[0]:
+        splits = (self.train, self.test)
+        if 4 * sum(split.images.nbytes for split in splits) > torch.cuda.mem_get_info(device)[0]:
             return self
-        train, test = (Split(part.images.to(device), part.labels.to(device)) for part in parts)
+        train, test = (Split(split.images.to(device), split.labels.to(device)) for split in splits)
         return replace(self, train=train, test=test)
 
 
@@ -59,18 +63,18 @@ def load_dataset(
     log: Callable[[str], None] = print,
     download_timeout_s: float = 30.0,
 ) -> Dataset:
-    """The data set `shapes`, `cifar10`, or of a folder with train/<class>/* and test/<class>/*.
+    """The data set `shapes`, `cifar10`, or a folder that holds train/<class>/* and test/<class>/*.
 
-    The first process of a machine to come makes the arrays in `<data_dir>/cache`; others, also
-    those of other jobs, wait for it up to `timeout_s`. Then all map the same files, so that the
-    images lie in memory once however many ranks there are. Needs no process group.
+    The first process on a machine writes the arrays to `<data_dir>/cache`. The others, those of
+    other jobs included, wait for it, up to `timeout_s` seconds. Then all map the same files, so that
+    the images are in memory once per machine, however many ranks there are. Needs no process group.
 
-    UserError for a source that is missing or unusable, a failed download, a disk that refuses, or a
-    wait that takes too long.
+    UserError if the source is missing or unusable, the download fails, the disk is full or cannot
+    be written, or the wait times out.
     """
     data_dir = Path(data_dir).expanduser()
-    key, made_from, make = _find(source, data_dir, download_timeout_s, log)
-    arrays, meta = load_or_make(data_dir / "cache" / key, made_from, make, timeout_s, log)
+    cache_name, made_from, make = _resolve_source(source, data_dir, download_timeout_s, log)
+    arrays, meta = load_or_make(data_dir / "cache" / cache_name, made_from, make, timeout_s, log)
     return Dataset(
         name=source,
         classes=tuple(meta["classes"]),
@@ -83,23 +87,23 @@ def load_dataset(
 
 
 def digest_of(source: str, data_dir: str | Path = "data") -> str:
-    """The first letters of the data set's digest, as far as it is ready here: see `load_dataset`.
+    """The first 12 digits of the digest of a data set that `load_dataset` has cached on this machine.
 
-    "shapes", which is the same everywhere, has its version, and what is not decoded yet "not ready".
-    UserError for a folder that is missing or unusable.
+    If it is not cached yet: the version for "shapes", which is the same everywhere, and "not ready"
+    for everything else. UserError if the folder is missing or unusable.
     """
     data_dir = Path(data_dir).expanduser()
-    key, made_from, _ = _find(source, data_dir, 0, print)
-    meta = read_meta(data_dir / "cache" / key, made_from)
+    cache_name, made_from, _ = _resolve_source(source, data_dir, 0, print)
+    meta = read_meta(data_dir / "cache" / cache_name, made_from)
     if meta is not None:
         return str(meta["digest"])[:12]
     return made_from if source == "shapes" else "not ready"
 
 
-def _find(
+def _resolve_source(
     source: str, data_dir: Path, download_timeout_s: float, log: Callable[[str], None]
-) -> tuple[str, str, Callable[[], Raw]]:
-    """Name of its cache, what that must have been made from, and how to make it."""
+) -> tuple[str, str, Callable[[], RawDataset]]:
+    """The name of the source's cache, what the cache must have been made from, and how to make it."""
     if source == "shapes":
         return "shapes", f"shapes version {shapes.VERSION}", _make_shapes
     if source == "cifar10":
@@ -108,8 +112,8 @@ def _find(
     return folder.key, folder.fingerprint, partial(folder.read, log)
 
 
-def _make_shapes() -> Raw:
-    return Raw(
+def _make_shapes() -> RawDataset:
+    return RawDataset(
         shapes.CLASSES,
         *shapes.make_shapes(shapes.TRAIN_IMAGES, shapes.TRAIN_SEED),
         *shapes.make_shapes(shapes.TEST_IMAGES, shapes.TEST_SEED),

@@ -1,4 +1,4 @@
-"""A folder of someone's own images: train/<class>/* and test/<class>/*."""
+"""Your own images: a folder that holds train/<class>/* and test/<class>/*."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_lib.data.cache import SIDE, Raw
+from ddp_lib.data.cache import SIDE, RawDataset
 from ddp_lib.errors import UserError
 
 SUFFIXES = tuple(f".{kind}" for kind in (
@@ -19,7 +19,7 @@ SUFFIXES = tuple(f".{kind}" for kind in (
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images found below a folder, by split; labels number the sorted names of the classes."""
+    """The image files of a folder, by split, as (path, label); labels number the sorted class names."""
 
     root: Path
     classes: tuple[str, ...]
@@ -30,12 +30,12 @@ class ImageFolder:
 
     @property
     def key(self) -> str:
-        """A name for the folder's cache, its own for each path."""
+        """The name of the folder's cache, different for each path."""
         path = self.root.resolve()
         return f"folder-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
-    def read(self, log: Callable[[str], None]) -> Raw:
-        """Decodes every image; UserError naming one that cannot be."""
+    def read(self, log: Callable[[str], None]) -> RawDataset:
+        """Decodes every image. UserError, which names the file, if one cannot be decoded."""
         log(f"data: decoding {len(self.train) + len(self.test):,} images of {self.root}, once")
         threads = _cores()
         arrays = []
@@ -45,24 +45,25 @@ class ImageFolder:
                 try:
                     decoded = list(pool.map(_decode, (path for path, _ in split), chunksize=64))
                 except BaseException:
-                    pool.shutdown(cancel_futures=True)  # or the rest would be decoded first
+                    pool.shutdown(cancel_futures=True)  # or all other images would be decoded first
                     raise
             arrays.append(np.stack([pixels for pixels, _ in decoded]))
             arrays.append(np.array([label for _, label in split], dtype=np.int64))
             resized += sum(was_resized for _, was_resized in decoded)
         if resized:
             log(f"data: {resized:,} of them resized to {SIDE} x {SIDE}")
-        return Raw(self.classes, *arrays)
+        return RawDataset(self.classes, *arrays)
 
 
 def find_images(root: Path) -> ImageFolder:
     """Lists root/train/<class>/* and root/test/<class>/* without opening an image.
 
-    UserError where a folder is missing, a class is empty or only on one side.
+    UserError if a folder is missing, a class is empty, there are fewer than two classes, or train/
+    and test/ have different ones.
     """
     if not root.is_dir():
         raise UserError(
-            f"--data {str(root)!r} is no folder here: give cifar10, shapes, or a folder that holds "
+            f"--data {str(root)!r} is not a folder here: give cifar10, shapes, or a folder that holds "
             "train/<class>/* and test/<class>/* images"
         )
     names: dict[str, list[str]] = {}
@@ -80,13 +81,13 @@ def find_images(root: Path) -> ImageFolder:
             )
             files[split] = []
             for label, name in enumerate(names[split]):
-                found = _images_in(folder / name)
-                if not found:
+                images = _list_images(folder / name)
+                if not images:
                     raise UserError(
-                        f"class folder {folder / name} holds no image ({', '.join(SUFFIXES)}): "
+                        f"class folder {folder / name} holds no images ({', '.join(SUFFIXES)}): "
                         "fill or remove it"
                     )
-                for entry in found:
+                for entry in images:
                     status = entry.stat()
                     line = f"{split}/{name}/{entry.name} {status.st_size} {status.st_mtime_ns}\n"
                     listing.update(line.encode(errors="surrogateescape"))
@@ -95,15 +96,16 @@ def find_images(root: Path) -> ImageFolder:
             raise UserError(
                 f"cannot read {error.filename} ({error.strerror}): repair or remove it"
             ) from None
-    differing = sorted(set(names["train"]) ^ set(names["test"]))
-    if differing:
-        sides = [
+    in_one_split = sorted(set(names["train"]) ^ set(names["test"]))
+    if in_one_split:
+        differences = [
             f"{name!r} only in {'train' if name in names['train'] else 'test'}"
-            for name in differing
+            for name in in_one_split
         ]
-        more = f" and {len(sides) - 5} more" if len(sides) > 5 else ""
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(
-            f"the classes in {root}/train and {root}/test differ: {', '.join(sides[:5])}{more}; "
+            f"the classes in {root}/train and {root}/test differ: "
+            f"{', '.join(differences[:5])}{more}; "
             "give both the same folders"
         )
     if len(names["train"]) < 2:
@@ -115,8 +117,8 @@ def find_images(root: Path) -> ImageFolder:
     )
 
 
-def _images_in(folder: Path) -> list[os.DirEntry[str]]:
-    """Sorted by name, so that every machine and file system numbers the images alike."""
+def _list_images(folder: Path) -> list[os.DirEntry[str]]:
+    """The image files in a folder, sorted by name: every machine numbers the images in the same way."""
     return sorted(
         (
             entry
@@ -128,13 +130,13 @@ def _images_in(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _decode(path: Path) -> tuple[np.ndarray, bool]:
-    """uint8 (32, 32, 3), upright, and whether it had to be resized."""
+    """The image, upright, as uint8 (32, 32, 3), and whether it had to be resized."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             resized = image.size != (SIDE, SIDE)
-            image.draft("RGB", (4 * SIDE, 4 * SIDE))  # a large JPEG is decoded smaller, so faster
+            image.draft("RGB", (4 * SIDE, 4 * SIDE))  # decodes a large JPEG at lower size: faster
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
@@ -145,13 +147,13 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
             if resized:
                 rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             return np.asarray(rgb), resized
-    except Exception as error:  # Pillow raises many kinds for a broken file
+    except Exception as error:  # Pillow raises many types of exceptions for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"image {path} cannot be read ({reason}): replace or remove it") from None
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Who sees which sample: shuffled by epoch, sharded by rank, resumable, exact for evaluation."""
+"""Which rank sees which sample: shuffled per epoch, sharded by rank, resumable, exact in evaluation."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from ddp_lib.errors import UserError
 
 
 def batch_share(global_batch_size: int, world_size: int, micro_batches: int = 1) -> int:
-    """Images that each rank takes per step. UserError if ranks and micro-batches cannot be equal."""
+    """Images per rank and step. UserError if the global batch cannot be divided equally."""
     parts = world_size * micro_batches
     if global_batch_size < 1 or global_batch_size % parts:
         nearest = max(1, round(global_batch_size / parts)) * parts
@@ -16,20 +16,21 @@ def batch_share(global_batch_size: int, world_size: int, micro_batches: int = 1)
             f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
         )
         raise UserError(
-            f"global batch size {global_batch_size} does not divide by {ranks}: take {nearest}"
+            f"global batch size {global_batch_size} is not divisible by {ranks}: take {nearest}"
         )
     return global_batch_size // world_size
 
 
 class TrainSampler:
-    """Index batches of one rank, for a loop or as `DataLoader(batch_sampler=...)`.
+    """One rank's batches of indices, for a loop or as `DataLoader(batch_sampler=...)`.
 
-    An epoch is one permutation of the n samples that all ranks draw alike. Step k takes its k-th
-    piece of `global_batch_size` indices, and rank r takes every `world_size`-th of them, starting
-    with the r-th: what `torch.utils.data.DistributedSampler(drop_last=True)` selects. The last
-    piece, if incomplete, is dropped: so any number of ranks sees the same samples in each step.
+    An epoch is a permutation of the n samples, the same on all ranks. Step k uses the k-th piece of
+    `global_batch_size` indices. Of this piece, rank r takes every `world_size`-th index, starting
+    with the r-th, as `torch.utils.data.DistributedSampler(drop_last=True)` does. An incomplete last
+    piece is dropped. So each step sees the same samples, however many ranks there are.
 
-    UserError where n holds no whole global batch, or the ranks cannot share one equally.
+    UserError if n is less than one global batch, or the global batch cannot be divided equally
+    among the ranks.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class TrainSampler:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Chooses the permutation, and the step of that epoch at which iteration starts.
+        """Sets the epoch, which decides the permutation, and the step at which iteration starts.
 
-        Without a call each iteration repeats the same order, as with torch's sampler.
+        If it is never called, each iteration repeats the same order, as with torch's sampler.
         """
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
-        """Steps in a whole epoch, wherever iteration starts."""
+        """The number of steps in a whole epoch, also if iteration starts at a later step."""
         return self.n // self.global_batch_size
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -70,12 +71,12 @@ class TrainSampler:
 def eval_batches(
     n: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Index batches of one rank that together cover 0..n-1 once each: no padding, none left out.
+    """One rank's batches of indices; all ranks together cover 0..n-1 exactly once, without padding.
 
-    The set is cut into chunks of `batch_size` (the last may be shorter) and chunk j goes to rank
-    j % world_size. What lies together in a chunk does not depend on the number of ranks, and so
-    neither do the bits that a model computes from it. Ranks may get unequal numbers, or none:
-    nothing that all ranks must call together belongs inside this loop.
+    The data is cut into chunks of `batch_size` (the last may be shorter), and chunk j goes to rank
+    j % world_size. Which samples are in a chunk does not depend on the number of ranks, and so
+    neither do the bits that a model computes from it. Ranks may get different numbers of chunks, or
+    none, so do not call a collective inside a loop over them.
     """
     for first in range(rank * batch_size, n, world_size * batch_size):
         yield torch.arange(first, min(first + batch_size, n))

@@ -1,8 +1,9 @@
 """The built-in data set: ten classes of coloured shapes and textures, made from a seed.
 
-The same bytes on every machine: random bits come from Philox, whose stream numpy keeps, and all
-else is integer arithmetic or single additions, multiplications, divisions and square roots, which
-IEEE 754 rounds in one way. No sine, no exponential, no sum whose order a library may choose.
+Every machine makes the same bytes. Random bits come from Philox, whose stream numpy guarantees not to
+change. Everything else is integer arithmetic, or single additions, multiplications, divisions and
+square roots, whose rounding IEEE 754 defines. There is no sine, no exponential, and no floating-point
+sum whose order a library may choose.
 """
 
 from collections.abc import Callable
@@ -19,17 +20,19 @@ TRAIN_IMAGES, TRAIN_SEED = 10_000, 1
 TEST_IMAGES, TEST_SEED = 2_000, 2
 
 SIDE = 32
-_SHAPE_RADIUS = (70, 120)  # least and greatest, in tenths of a pixel; so are the next two
+_SHAPE_RADIUS = (70, 120)  # minimum and maximum, in tenths of a pixel; so are the next two
 _TEXTURE_RADIUS = (90, 150)
 _PERIOD = (40, 70)  # of a texture
-_CONTRAST = 120  # least difference of the shape's colour from the background's, over R, G and B
-_CELLS = 4  # the background is a lattice of so many cells a side, blended smoothly,
-_WAVE = 60  # and differs at most by about so much from its mean colour
+_CONTRAST = (
+    120  # minimum difference between the shape's and the background's colour, over R, G and B
+)
+_CELLS = 4  # the background is a grid of this many cells per side, blended smoothly
+_WAVE = 60  # about how much the background may differ from its mean colour
 _CLUTTER = 3  # small rectangles behind the shape
 _NOISE = (10, 60)  # in 128ths of the range of values
-_DRAWS = 80  # random numbers set aside for an image's layout and colours
-_CHUNK = 500  # images made at a time, to bound memory
-# Normals of a pentagram's five lines: cosines and sines of multiples of 72 degrees from 90.
+_DRAWS = 80  # random numbers reserved for an image's layout and colours
+_CHUNK = 500  # images made at a time, to limit memory
+# Normals of a pentagram's five lines: cosines and sines of 90 degrees plus multiples of 72.
 _STAR = ((0.0, 1.0), (0.9510565, 0.309017), (-0.9510565, 0.309017), (0.5877853, -0.809017),
          (-0.5877853, -0.809017))  # fmt: skip
 
@@ -37,9 +40,9 @@ Draw = Callable[[int, int], np.ndarray]
 
 
 def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """n images, uint8 (n, 32, 32, 3), and their labels, int64 (n,), which go round the classes.
+    """n images, uint8 (n, 32, 32, 3), and their labels, int64 (n,), which cycle through the classes.
 
-    Fewer images of the same seed are the first of more.
+    With the same seed, a smaller n gives the first n images of a larger one.
     """
     layout, noise = np.random.Philox(key=2 * seed), np.random.Philox(key=2 * seed + 1)
     images = np.empty((n, SIDE, SIDE, 3), dtype=np.uint8)
@@ -57,7 +60,7 @@ def _make_chunk(
     columns = iter(layout.random_raw(count * _DRAWS).reshape(count, _DRAWS).T)
 
     def draw(low: int, high: int) -> np.ndarray:
-        """Each image's next random number, low..high, uniform: int64 (count,)."""
+        """The next uniform random number low..high of each image: int64 (count,)."""
         return low + ((next(columns) >> 33).astype(np.int64) * (high - low + 1) >> 31)
 
     base = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
@@ -65,32 +68,35 @@ def _make_chunk(
     for _ in range(_CLUTTER):
         _rectangle(pixels, draw)
     coverage = _coverage(labels, draw)[..., None]  # quarters of a pixel
-    colour = _apart_from(base, draw)[:, None, None]
+    colour = _contrasting_colour(base, draw)[:, None, None]
     pixels += (colour - pixels) * coverage // 4
-    # Two random bytes a value, added up: noise from -255 to 255, most of it near 0, then scaled.
+    # The sum of two random bytes per value: noise from -255 to 255, most of it near 0; then scaled.
     words = noise.random_raw(count * SIDE * SIDE * 3 * 2 // 8)
-    grain = words.astype("<u8").view(np.uint8).reshape(count, SIDE, SIDE, 3, 2)
+    random_bytes = words.astype("<u8").view(np.uint8).reshape(count, SIDE, SIDE, 3, 2)
     amount = draw(*_NOISE)[:, None, None, None]
-    pixels += (grain.astype(np.int64).sum(axis=-1) - 255) * amount // 128
+    pixels += (random_bytes.astype(np.int64).sum(axis=-1) - 255) * amount // 128
     return pixels.clip(0, 255).astype(np.uint8)
 
 
 def _background(base: np.ndarray, draw: Draw) -> np.ndarray:
-    """`base` colour (N, 3), varied over the image by bilinear blending of random lattice points."""
+    """Images (N, 32, 32, 3) of the colour `base` (N, 3), varied by interpolating a random grid.
+
+    The interpolation between grid points is bilinear.
+    """
     amount = draw(0, _WAVE)
     points = np.stack([draw(-64, 64) for _ in range((_CELLS + 1) ** 2)], axis=-1)
     points = points.reshape(-1, _CELLS + 1, _CELLS + 1) * amount[:, None, None]
     tint = np.stack([draw(-64, 64) for _ in range(3)], axis=-1)
-    step = SIDE // _CELLS
-    at, weight = np.arange(SIDE) // step, 2 * (np.arange(SIDE) % step) + 1  # of 2 * step
-    rows = points[:, at] * (2 * step - weight)[:, None] + points[:, at + 1] * weight[:, None]
-    field = rows[:, :, at] * (2 * step - weight) + rows[:, :, at + 1] * weight
-    field //= 64 * (2 * step) ** 2
+    size = SIDE // _CELLS  # of a cell, in pixels
+    cell, weight = np.arange(SIDE) // size, 2 * (np.arange(SIDE) % size) + 1  # weight: of 2 * size
+    rows = points[:, cell] * (2 * size - weight)[:, None] + points[:, cell + 1] * weight[:, None]
+    field = rows[:, :, cell] * (2 * size - weight) + rows[:, :, cell + 1] * weight
+    field //= 64 * (2 * size) ** 2
     return base[:, None, None] + field[..., None] * (64 + tint[:, None, None]) // 64
 
 
 def _rectangle(pixels: np.ndarray, draw: Draw) -> None:
-    """Paints a small upright rectangle of any colour somewhere into each image."""
+    """Paints a small upright rectangle of random colour and position into each image."""
     left, top, width, height = draw(0, 31), draw(0, 31), draw(2, 7), draw(2, 7)
     colour = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
     across, down = np.arange(SIDE) - left[:, None], np.arange(SIDE) - top[:, None]
@@ -100,8 +106,8 @@ def _rectangle(pixels: np.ndarray, draw: Draw) -> None:
     np.copyto(pixels, colour[:, None, None], where=inside[..., None])
 
 
-def _apart_from(base: np.ndarray, draw: Draw) -> np.ndarray:
-    """A colour for each base colour (N, 3), some way off it so that it can be seen."""
+def _contrasting_colour(base: np.ndarray, draw: Draw) -> np.ndarray:
+    """A random colour (N, 3) for each base colour (N, 3), different enough to be seen on it."""
     colour = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
     close = np.abs(colour - base).sum(axis=-1, keepdims=True) < _CONTRAST
     return np.where(close, (colour + 128) % 256, colour)
@@ -112,46 +118,47 @@ def _coverage(labels: np.ndarray, draw: Draw) -> np.ndarray:
     x, y = draw(100, 220) / 10, draw(100, 220) / 10  # of the centre, in pixels
     radius = np.where(labels >= _FIRST_TEXTURE, draw(*_TEXTURE_RADIUS), draw(*_SHAPE_RADIUS)) / 10
     cycles, phase = radius / (draw(*_PERIOD) / 10), draw(0, 99) / 100
-    # A direction is an integer vector over its length. Stripes only tilt, or their name would lie.
-    tilts = (labels == _FIRST_TEXTURE) | (labels == _FIRST_TEXTURE + 1)
-    a = np.where(tilts, draw(80, 100), draw(-100, 100))
-    b = np.where(tilts, draw(-25, 25), 2 * draw(-50, 49) + 1)
+    # The direction is an integer vector (a, b) divided by its length. Stripes are only tilted a
+    # little, so that horizontal stripes stay horizontal.
+    stripes = (labels == _FIRST_TEXTURE) | (labels == _FIRST_TEXTURE + 1)
+    a = np.where(stripes, draw(80, 100), draw(-100, 100))
+    b = np.where(stripes, draw(-25, 25), 2 * draw(-50, 49) + 1)
     length = np.sqrt((a * a + b * b).astype(np.float64))
     layout = np.stack([x, y, radius, a / length, b / length, cycles, phase]).astype(np.float32)
 
-    # Two by two points a pixel, so that edges are not ragged.
+    # Two by two points per pixel, so that edges are smooth.
     points = (np.arange(2 * SIDE, dtype=np.float32) + 0.5) / 2
     coverage = np.zeros((len(labels), SIDE, SIDE), dtype=np.int64)
     for label in range(len(CLASSES)):
-        mine = labels == label
-        x, y, radius, cos, sin, cycles, phase = layout[:, mine, None, None]
+        selected = labels == label
+        x, y, radius, cos, sin, cycles, phase = layout[:, selected, None, None]
         across, down = (points - x) / radius, (points[:, None] - y) / radius
         u, v = across * cos + down * sin, down * cos - across * sin
         inside = _inside(CLASSES[label], u, v, u * cycles + phase, v * cycles + phase)
-        coverage[mine] = inside.reshape(-1, SIDE, 2, SIDE, 2).sum(axis=(2, 4))
+        coverage[selected] = inside.reshape(-1, SIDE, 2, SIDE, 2).sum(axis=(2, 4))
     return coverage
 
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Whether points lie in the shape, or in the texture, which fills a disc.
+    """Whether points are inside the shape, or on the texture's pattern, which fills a disc.
 
-    (u, v) is a point's place, 1 being the radius; (p, q) the same in periods of the texture.
+    (u, v) is a point's position in units of the radius; (p, q) is the same in periods of the texture.
     """
     p, q = p - np.floor(p), q - np.floor(q)
     squared = u * u + v * v
-    near, far = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+    smaller, larger = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
     match name:
         case "circle":
             return squared < 0.8
         case "square":
-            return far < 0.8
+            return larger < 0.8
         case "triangle":
             return (v > -0.5) & (v + np.float32(1.7320508) * np.abs(u) < 1)
         case "cross":
-            return (near < 0.28) & (far < 0.95)
+            return (smaller < 0.28) & (larger < 0.95)
         case "ring":
             return (squared > 0.35) & (squared < 1)
-        case "star":  # where a point is on the inner side of at least four of the five lines
+        case "star":  # points on the inner side of at least four of the five lines
             return (
                 np.sum([u * np.float32(x) + v * np.float32(y) < 0.33 for x, y in _STAR], axis=0)
                 >= 4

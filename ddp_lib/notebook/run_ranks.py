@@ -1,4 +1,4 @@
-"""run_ranks: a function of a notebook's cell on several ranks, and what each of them returned."""
+"""run_ranks: runs a function from a notebook's cell on several ranks and returns their results."""
 
 import multiprocessing
 import sys
@@ -11,24 +11,26 @@ import cloudpickle
 
 from ddp_lib.errors import UserError
 from ddp_lib.notebook.errors import source_files
-from ddp_lib.notebook.rank_pool import Ranks
+from ddp_lib.notebook.rank_pool import RankPool
 from ddp_lib.processes.forkserver import start_server
 
-# What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
-_PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
+# Imported by the fork server, so that ranks need not. DDP imports torch._dynamo when it wraps its first
+# model.
+PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 
 
 def run_ranks(
     fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0
 ) -> list[Any]:
-    """Runs `fn(*args)` on `nproc` ranks of this machine; returns what each returned, in rank order.
+    """Runs `fn(*args)` on `nproc` ranks of this machine; returns their results in rank order.
 
     The ranks have the environment that torchrun would give them, so `init_process_group("gloo")`
-    and `World.join()` work as they are. Their output appears here, prefixed `[rank r]`: rank 0's
-    live, then rank 1's, and so on. timeout_s: seconds until ranks that still run count as stuck.
+    and `World.join()` work as they are. The ranks' output is printed here with the prefix `[rank r]`:
+    rank 0's while it runs, then rank 1's, and so on. timeout_s: after this many seconds, ranks that
+    still run count as stuck.
 
-    Raises RankError, naming the rank, for an exception, a death or a hang; UserError for arguments
-    that cannot work. No process is left behind, also after an interrupt.
+    Raises RankError, which names the rank, if a rank raises an exception, dies or hangs; UserError
+    if the arguments are unusable. No process is left behind, not even after an interrupt.
     """
     if nproc < 1:
         raise UserError(f"nproc is {nproc}: give a number of ranks, 1 or more")
@@ -39,15 +41,15 @@ def run_ranks(
     except Exception as error:
         raise UserError(
             f"{getattr(fn, '__name__', 'fn')} or its arguments cannot be sent to the ranks "
-            f"({error}): make such objects inside the function"
+            f"({error}): create such objects inside the function"
         ) from None
-    start_server(_PRELOAD)
+    start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        ranks = Ranks(nproc, work, Path(folder), source_files(fn))
+        pool = RankPool(nproc, work, Path(folder), source_files(fn))
         try:
-            return ranks.results(timeout_s)
+            return pool.results(timeout_s)
         finally:
-            ranks.end()
+            pool.end()
 
 
 def _in_a_notebook() -> bool:
@@ -60,4 +62,4 @@ def _in_a_notebook() -> bool:
 
 
 if _in_a_notebook():
-    start_server(_PRELOAD)  # it imports torch while the reader's first cells run
+    start_server(PRELOAD)  # so that it imports torch while the notebook's first cells run

@@ -1,7 +1,7 @@
-"""The inside of the processes that `run_ranks` starts: the ranks, and the host of their store.
+"""What runs in the processes that `run_ranks` starts: the ranks, and the host of their store.
 
 They are forked from a server that has imported torch. The notebook's process imports this module too,
-to name these functions, and does not wait for torch.
+to refer to these functions, so torch is not imported at the top: the notebook would wait for it.
 """
 
 import gc
@@ -25,7 +25,7 @@ from ddp_lib.processes.forkserver import take_thread_budget
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of a stack: where it is, and in which function."""
+    """One line of a stack: its file, its number and its function."""
 
     file: str
     line: int
@@ -34,7 +34,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in a rank, without its objects, which may not outlive the process."""
+    """An exception in a rank, as text: its objects must not outlive the process."""
 
     kind: str
     text: str
@@ -47,8 +47,10 @@ def _frames(summary: traceback.StackSummary) -> list[Frame]:
 
 
 def host_store(connection: Connection) -> None:
-    """Hosts the ranks' store, as torchrun's agent does, and sends its port; until the other end of
-    `connection` closes. So no port is picked that another program could take before rank 0 opens it.
+    """Hosts the ranks' store, as torchrun's agent does, until the other end of `connection` closes.
+
+    Sends the store's port over `connection`. The port is open from the moment it is picked, so no
+    other program can take it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch.distributed as dist
@@ -68,17 +70,22 @@ def host_store(connection: Connection) -> None:
     del store
 
 
-def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
-    """The body of a rank. Is sent the port of the store; sends ("done", pickled result), ("failed",
-    Failure) and, when asked while it runs, ("stands", frames)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process decides
-    _print_to(output)
+def run_rank(
+    connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str
+) -> None:
+    """The main function of a rank's process; `work` is the pickled function with its arguments.
+
+    Over `connection` it first receives the port of the store. It sends ("done", pickled result) or
+    ("failed", Failure), and ("stack", frames) for each message that it gets while it runs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process handles the interrupt
+    _redirect_output(output)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     import torch.distributed as dist
 
-    gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over
+    gc.freeze()  # garbage collection skips everything that the fork server has imported
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     take_thread_budget()
     try:
@@ -87,19 +94,19 @@ def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, o
         return  # the notebook's process is gone
     sending = threading.Lock()
 
-    def listen() -> None:
+    def send_stacks() -> None:
         main = threading.main_thread().ident
         try:
             while True:
-                connection.recv()  # the only question: where does this rank stand?
+                connection.recv()  # the only request there is: the stack of this rank
                 stack = traceback.extract_stack(sys._current_frames()[main or 0])
                 with sending:
-                    connection.send(("stands", _frames(stack)))
+                    connection.send(("stack", _frames(stack)))
         except (EOFError, OSError):
             os._exit(1)  # the notebook's process is gone
 
-    threading.Thread(target=listen, name="listen", daemon=True).start()
-    answer = _answer(work)
+    threading.Thread(target=send_stacks, name="send_stacks", daemon=True).start()
+    answer = _call_function(work)
     gc.collect()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -109,8 +116,8 @@ def run(connection: Connection, work: bytes, env: dict[str, str], folder: str, o
         connection.send(answer)
 
 
-def _print_to(output: str) -> None:
-    """Sends this process's output, also that of C++ code and of children, to a file."""
+def _redirect_output(output: str) -> None:
+    """Redirects this process's output to a file, that of C++ code and of child processes included."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -120,16 +127,19 @@ def _print_to(output: str) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
 
 
-def _answer(work: bytes) -> tuple[str, Any]:
-    """Runs the function in a frame of its own, so that its locals (a DDP model) are gone after."""
+def _call_function(work: bytes) -> tuple[str, Any]:
+    """Calls the function and returns the message about its end: see `run_rank`.
+
+    This has a frame of its own, so that the function's locals (a DDP model) are freed when it returns.
+    """
     try:
         function, args = cloudpickle.loads(work)
         result = function(*args)
         try:
             return "done", cloudpickle.dumps(result)
         except Exception as error:
-            what = f"what the function returned cannot be sent back: {_text(error)}"
-            return "failed", Failure(type(error).__name__, what, [], time.time())
+            text = f"what the function returned cannot be sent back: {_text(error)}"
+            return "failed", Failure(type(error).__name__, text, [], time.time())
     except BaseException as error:
         frames = _frames(traceback.extract_tb(error.__traceback__))
         traceback.clear_frames(error.__traceback__)

@@ -1,6 +1,6 @@
-"""Pictures of a run, from its folder: loss by rank, test accuracy, images/s.
+"""Pictures of a run, from its folder: loss per rank, test accuracy, images/s.
 
-Figures are made without pyplot, so nothing global changes and no window opens.
+Figures are made without pyplot, so no global state changes and no window opens.
 """
 
 from pathlib import Path
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 LineStyle = str | tuple[int, tuple[int, ...]]
 
-# Okabe and Ito's set for colour-blind readers (2008), without yellow, too pale on white, and
-# without black, which is the mean of all ranks. Neighbours differ in lightness too.
+# Okabe and Ito's colours for colour-blind readers (2008), without yellow, which is too pale on white,
+# and black, which is used for the mean of all ranks. Consecutive colours differ in lightness too.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-# One more than colours, so that a pair repeats only after 42 ranks; 7 ranks differ without colour.
+# One more than there are colours, so that a pair of both repeats only after 42 ranks. 7 ranks can be
+# told apart without colour.
 _LINE_STYLES: tuple[LineStyle, ...] = (
     "-",
     (0, (4, 1)),
@@ -29,20 +30,20 @@ _LINE_STYLES: tuple[LineStyle, ...] = (
     (0, (4, 1, 1, 1, 1, 1)),
     (0, (2, 2)),
 )
-_MANY_RANKS = 8  # above: thinner lines, and no unsmoothed ones behind
+_MANY_RANKS = 8  # with more ranks: thinner lines, and no faint unsmoothed lines behind them
 _LEGEND_RANKS = 24
 
 
 def rank_style(rank: int) -> tuple[str, LineStyle]:
-    """Colour (hex) and line style (as matplotlib takes it) of a rank, the same in every figure."""
+    """A rank's colour (hex) and line style (as matplotlib takes it), the same in every figure."""
     return _COLORS[rank % len(_COLORS)], _LINE_STYLES[rank % len(_LINE_STYLES)]
 
 
 def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draws the run in `folder` to `out` (default `folder`/loss.png) and returns where it is.
+    """Draws the run in `folder` to the file `out` (default: `folder`/loss.png) and returns its path.
 
-    The ending of `out` chooses the format (.png, .svg, .pdf). UserError where there is no log, or
-    no step in it.
+    The suffix of `out` chooses the format (.png, .svg, .pdf). UserError if there is no log, or no
+    step in it.
     """
     figure = draw_run(folder)
     path = Path(folder) / "loss.png" if out is None else Path(out)
@@ -52,7 +53,7 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def draw_run(folder: str | Path) -> "Figure":
-    """The figure of `plot_run`: three panels, one above the other."""
+    """The figure that `plot_run` saves: three panels, one above the other. Raises as `plot_run`."""
     from matplotlib.figure import Figure
 
     steps, events = read_run(folder), read_events(folder)
@@ -72,18 +73,19 @@ def draw_run(folder: str | Path) -> "Figure":
 
 
 def global_mean(steps: "pd.DataFrame") -> "pd.Series":
-    """Mean loss over all images of each step, by step; `steps` as from read_run.
+    """The mean loss over all images of each step, indexed by step; `steps` as read_run returns it.
 
-    A rank counts by its images: the mean of the ranks' means is wrong where they differ in number.
+    Ranks are weighted by their numbers of images: the plain mean of the ranks' means would be wrong
+    if these numbers differ.
     """
     import numpy as np
     import pandas as pd
 
-    at, numbers = pd.factorize(steps["step"], sort=True)
-    images = np.bincount(at, weights=steps["samples"])
+    row_groups, step_numbers = pd.factorize(steps["step"], sort=True)
+    images = np.bincount(row_groups, weights=steps["samples"])
     # bincount and not groupby: a loss that is NaN on one rank makes the step's mean NaN.
-    total = np.bincount(at, weights=steps["loss"] * steps["samples"])
-    return pd.Series(total / images, index=numbers)
+    total = np.bincount(row_groups, weights=steps["loss"] * steps["samples"])
+    return pd.Series(total / images, index=step_numbers)
 
 
 def _draw_loss(axes: "Axes", steps: "pd.DataFrame") -> None:
@@ -105,15 +107,15 @@ def _draw_speed(axes: "Axes", steps: "pd.DataFrame") -> None:
     window = _window(steps)
     by_rank = _by_rank(steps)
     for rank, rows in by_rank.items():
-        # Images over seconds of the whole window: a mean of speeds would favour the fast steps.
+        # Images of the whole window over its seconds: a mean of speeds would favour the fast steps.
         smooth = _smooth(rows["samples"], window) / _smooth(rows["step_s"], window)
         _rank_line(axes, rank, rows["samples"] / rows["step_s"], smooth, len(by_rank))
     axes.set(xlabel="step (one global batch)", ylabel="images/s of one rank")
     axes.set_ylim(0, axes.get_ylim()[1])
-    of_step = steps.groupby("step")
-    together = (of_step["samples"].sum() / of_step["step_s"].max()).median()
+    by_step = steps.groupby("step")
+    all_ranks = (by_step["samples"].sum() / by_step["step_s"].max()).median()
     axes.set_title(
-        f"Throughput of each rank; all together {together:,.0f} images/s (median)",
+        f"Throughput of each rank; all together {all_ranks:,.0f} images/s (median)",
         fontsize="medium",
     )
     _whole_ticks(axes)
@@ -124,18 +126,19 @@ def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
 
     axes.set(xlabel="epochs trained", ylabel="test accuracy (%)")
     axes.set_title("Accuracy on the test images", fontsize="medium")
-    ended = events[events["event"] == "epoch"]
-    if ended.empty:
+    epoch_ends = events[events["event"] == "epoch"]
+    if epoch_ends.empty:
         axes.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
         return
-    ended = ended.drop_duplicates("epoch", keep="last")
-    epochs, values = [*(ended["epoch"] + 1)], [*ended["test_accuracy"]]
-    axes.plot(epochs, values, "ko-", markersize=5, clip_on=False)  # whole at 100 %, on the edge
-    for at in range(len(epochs)) if len(epochs) <= 20 else [len(epochs) - 1]:
+    epoch_ends = epoch_ends.drop_duplicates("epoch", keep="last")
+    epochs, values = [*(epoch_ends["epoch"] + 1)], [*epoch_ends["test_accuracy"]]
+    # Not clipped, so that a marker at 100 %, on the panel's edge, is drawn whole.
+    axes.plot(epochs, values, "ko-", markersize=5, clip_on=False)
+    for index in range(len(epochs)) if len(epochs) <= 20 else [len(epochs) - 1]:
         axes.annotate(
-            f"{values[at]:.1%}",
-            (epochs[at], values[at]),
+            f"{values[index]:.1%}",
+            (epochs[index], values[index]),
             xytext=(3, -14),
             textcoords="offset points",
         )
@@ -161,17 +164,17 @@ def _rank_line(axes: "Axes", rank: int, raw: "pd.Series", smooth: "pd.Series", r
         color=color,
         linestyle=style,
         linewidth=1.8 if few else 0.8,
-        marker="o" if len(smooth) == 1 else "",  # one point makes no line
+        marker="o" if len(smooth) == 1 else "",  # a single point would not show as a line
         label=f"rank {rank}",
     )
 
 
 def _mark_restarts(panels: "list[Axes]", events: "pd.DataFrame") -> None:
     starts = events[(events["event"] == "start") & (events["rank"] == events["rank"].min())]
-    again = starts[starts["start"] > 0]
-    if not again.empty:
+    restarts = starts[starts["start"] > 0]
+    if not restarts.empty:
         for axes in panels:
-            for number, step in enumerate(again["step"]):
+            for number, step in enumerate(restarts["step"]):
                 label = "restart" if number == 0 else None
                 axes.axvline(step, color="0.35", linestyle="--", linewidth=1, label=label)
 
@@ -199,11 +202,11 @@ def _whole_ticks(axes: "Axes") -> None:
 
 
 def _window(steps: "pd.DataFrame") -> int:
-    """Steps to average over: a thirtieth of the run."""
+    """The number of steps to average over: a thirtieth of the run."""
     return max(1, steps["step"].nunique() // 30)
 
 
 def _smooth(values: "pd.Series", window: int) -> "pd.Series":
-    """Mean over `window` steps around each; what is not finite is left out."""
+    """The mean over the `window` steps around each step; values that are not finite are left out."""
     finite = values.where(abs(values) < float("inf"))
     return finite.rolling(window, center=True, min_periods=1).mean()

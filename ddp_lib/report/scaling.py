@@ -1,8 +1,8 @@
-"""What a training step costs on more ranks: the alpha-beta model of an all-reduce, and buckets that
-travel while backward runs.
+"""Predicts the time of a training step on more ranks: the alpha-beta model of an all-reduce, and
+buckets that are sent while backward runs.
 
-alpha-beta (Hockney, 1994): a message takes a fixed time, and a time a byte. Ring all-reduce
-(Patarasuk and Yuan, 2009): 2 (n - 1) messages one after the other, each an n-th of the tensor.
+alpha-beta model (Hockney, 1994): a message takes a fixed time, plus a time per byte. Ring all-reduce
+(Patarasuk and Yuan, 2009): 2 (n - 1) messages one after the other, each 1/n of the tensor.
 """
 
 import math
@@ -22,23 +22,26 @@ DEFAULT_BUCKET_BYTES = 25 * 2**20  # DDP's bucket_cap_mb
 
 @dataclass(frozen=True)
 class Link:
-    """The way between two neighbours. latency_s: alpha, seconds a message; bytes_per_s: 1 / beta."""
+    """The link between two neighbouring ranks.
+
+    latency_s: alpha, seconds per message; bytes_per_s: 1 / beta.
+    """
 
     latency_s: float
     bytes_per_s: float
 
     def all_reduce_s(self, nbytes: float, ranks: int) -> float:
-        """Seconds of a ring all-reduce of `nbytes` bytes; 0 for one rank."""
+        """Seconds that a ring all-reduce of `nbytes` bytes takes; 0 for one rank."""
         messages = 2 * (ranks - 1)
         return messages * (self.latency_s + nbytes / ranks / self.bytes_per_s)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A rank's step, without what it waits for. Seconds and bytes.
+    """A rank's training step, without the time that it waits for others. Seconds and bytes.
 
-    compute_s: forward, backward and optimizer; backward_s: the part of it that is the (last)
-    backward, during which gradients can travel; gradient_bytes: all gradients together.
+    compute_s: forward, backward and optimizer together; backward_s: the part of compute_s that is
+    the (last) backward, during which gradients can be sent; gradient_bytes: all gradients together.
     """
 
     compute_s: float
@@ -46,20 +49,24 @@ class Step:
     gradient_bytes: int
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
 
-    def shared(self, ranks: int) -> "Step":
-        """This step's batch divided among the ranks; the time is taken to shrink alike."""
+    def divided(self, ranks: int) -> "Step":
+        """This step with its batch divided among `ranks` ranks (strong scaling).
+
+        The computing time is assumed to shrink in proportion.
+        """
         return replace(self, compute_s=self.compute_s / ranks, backward_s=self.backward_s / ranks)
 
     def accumulated(self, parts: int) -> "Step":
-        """`parts` times the batch in one step, gradients sent once (`no_sync`)."""
+        """A step with `parts` times the batch, whose gradients are sent once (`no_sync`)."""
         return replace(self, compute_s=self.compute_s * parts)
 
 
 def predict_step_s(step: Step, link: Link, ranks: int, overlap: bool = True) -> float:
-    """Seconds of the step on `ranks` ranks.
+    """Seconds that the step takes on `ranks` ranks.
 
-    Gradients are taken to come evenly over backward; a bucket is sent as soon as it is full and the
-    one before it has arrived. Without `overlap`, all are sent after backward.
+    Gradients are assumed to become ready at a constant rate during backward. A bucket is sent as
+    soon as it is full and the bucket before it has arrived. Without `overlap`, all buckets are sent
+    after backward.
     """
     if ranks == 1:
         return step.compute_s
@@ -74,16 +81,19 @@ def predict_step_s(step: Step, link: Link, ranks: int, overlap: bool = True) -> 
 
 
 def efficiency(step: Step, link: Link, ranks: int) -> float:
-    """Images/s on `ranks` ranks over `ranks` times one rank's, each with the same batch: 0 to 1."""
+    """Images/s of `ranks` ranks, divided by `ranks` times the images/s of one rank: 0 to 1.
+
+    Each rank has the same batch (weak scaling).
+    """
     return step.compute_s / predict_step_s(step, link, ranks)
 
 
 def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
-    """The link whose ring all-reduce comes nearest to what was measured: bytes -> seconds, one a run.
+    """The link whose ring all-reduce fits the measured times best; `runs` is bytes -> seconds per run.
 
-    Least squares of the *relative* errors of each size's median, so that small tensors count as much
-    as large ones, and a run that another program disturbed counts for nothing.
-    UserError for fewer than two sizes, one rank, or times that do not grow with the size.
+    Minimises the squares of the *relative* errors of each size's median. So small tensors count as
+    much as large ones, and a single run that another program has disturbed does not count.
+    UserError for fewer than two sizes, for one rank, or if the times do not grow with the size.
     """
     if ranks < 2 or len(runs) < 2:
         raise UserError(
@@ -94,12 +104,11 @@ def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
     times = torch.tensor(medians, dtype=torch.float64)
     messages = 2 * (ranks - 1)
     columns = messages * torch.stack([torch.ones_like(sizes), sizes / ranks], dim=1)
-    weighted = columns / times[:, None]
-    goal = torch.ones(len(sizes), 1, dtype=torch.float64)
-    alpha, beta = torch.linalg.lstsq(weighted, goal).solution[:, 0].tolist()
-    if alpha < 0:  # nothing travels in less than no time: the line through zero
-        slope = weighted[:, 1:]
-        alpha, beta = 0.0, (torch.linalg.lstsq(slope, goal).solution).item()
+    relative = columns / times[:, None]
+    ones = torch.ones(len(sizes), 1, dtype=torch.float64)
+    alpha, beta = torch.linalg.lstsq(relative, ones).solution[:, 0].tolist()
+    if alpha < 0:  # a latency cannot be negative: fit a line through zero instead
+        alpha, beta = 0.0, torch.linalg.lstsq(relative[:, 1:], ones).solution.item()
     if beta <= 0:
         raise UserError(
             f"all-reduces of {min(runs)} to {max(runs)} bytes take the same time: "
@@ -111,27 +120,28 @@ def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
 def measure_all_reduce(
     world: World, sizes: Sequence[int], repeats: int = 7
 ) -> dict[int, list[float]]:
-    """Seconds of float32 all-reduces, bytes -> one time a repeat, the slowest rank's, on every rank.
+    """Times float32 all-reduces: bytes -> seconds per repeat, those of the slowest rank.
 
-    The sizes take turns, so that a slow while falls on all of them. The first of each size, which
-    allocates, is not counted. Needs 2 or more ranks.
+    All ranks call this together and get the same result. The sizes take turns, so that a moment in
+    which the machine is busy affects all of them. The first all-reduce of each size, which allocates
+    memory, is not counted. Needs 2 or more ranks.
     """
     tensors = {size: torch.ones(max(1, size // 4), device=world.device) for size in sizes}
     runs: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats + 1):
         for size, tensor in tensors.items():
             dist.barrier()
-            _finish(world)
-            began = time.perf_counter()
+            _synchronize(world)
+            start = time.perf_counter()
             dist.all_reduce(tensor)
-            _finish(world)
-            runs[size].append(time.perf_counter() - began)
+            _synchronize(world)
+            runs[size].append(time.perf_counter() - start)
             tensor.fill_(1.0)
     slowest = torch.tensor(list(runs.values()), dtype=torch.float64, device=world.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return dict(zip(runs, slowest[:, 1:].tolist(), strict=True))
 
 
-def _finish(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the image runs. `lab`: JupyterLab; flags alone: those of `ddp-launch train`; else ddp-launch.
+# What the image runs: JupyterLab for `lab`, `ddp-launch train` for flags alone, else `ddp-launch`.
 set -eu
 
 case "${1:-}" in
@@ -8,9 +8,9 @@ case "${1:-}" in
   *) set -- ddp-launch "$@" ;;
 esac
 
-# `docker run --user 0:0`: nothing trains as root. Folders of root's are handed over (Docker makes a
-# missing one so), and the rest runs as the owner of `runs`. Where root is an ordinary user outside
-# (rootless), it stays: what it writes is that user's.
+# With `docker run --user 0:0`, nothing trains as root. Folders that belong to root (as those do that
+# Docker makes) are given to user 1000, and the program runs as the owner of `runs`. In a rootless
+# container root is an ordinary user outside, so it stays root: its files belong to that user.
 read -r _ outside _ < /proc/self/uid_map
 if [ "$(id -u)" = 0 ] && [ "$outside" = 0 ]; then
   for folder in runs data; do
