@@ -1,17 +1,16 @@
 """TrainConfig: all settings of a training run. Does not import torch, so that `--help` is quick."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ddp_lib.errors import UserError
 
 # Fields that may differ between the machines of a run: paths, and how long to wait. The data is
 # compared by its content.
-_MAY_DIFFER_BETWEEN_MACHINES = frozenset("run_dir data_dir data backend data_timeout_s".split())
+PER_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
 # Fields that may differ when a run is resumed: they do not change what is computed.
-_MAY_DIFFER_ON_RESUME = frozenset(
+FREE_ON_RESUME = frozenset(
     "epochs run_dir data_dir resume checkpoint_every_s backend"
     " join_timeout_s timeout_s data_timeout_s".split()
 )
@@ -98,22 +97,11 @@ class TrainConfig:
             "write package.module:callable, such as ddp_lib.model:SimpleModel",
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def shared(self) -> dict[str, Any]:
-        """The fields that must be equal on all machines of a run, as flag -> value."""
-        return {
-            "--" + name.replace("_", "-"): value
-            for name, value in self.as_dict().items()
-            if name not in _MAY_DIFFER_BETWEEN_MACHINES
-        }
-
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Fields that must not change when a run is resumed but did, as `name: earlier -> now`."""
-        earlier = TrainConfig().as_dict() | earlier  # a field added since then had its default
+        earlier = asdict(TrainConfig()) | earlier  # a field added since then had its default
         return [
             f"{name}: {earlier[name]!r} -> {value!r}"
-            for name, value in self.as_dict().items()
-            if name not in _MAY_DIFFER_ON_RESUME and earlier[name] != value
+            for name, value in asdict(self).items()
+            if name not in FREE_ON_RESUME and earlier[name] != value
         ]

@@ -7,6 +7,7 @@ ddp-launch train --nproc-per-node 2 --data shapes              two, by this pack
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -15,19 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddp_lib.cli import parse
-from ddp_lib.config import TrainConfig
+from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.data.batch import make_batch
 from ddp_lib.data.dataset import Dataset, load_dataset
 from ddp_lib.data.sampler import TrainSampler, batch_share
-from ddp_lib.distributed.coordination import all_reduce_status
+from ddp_lib.distributed.coordination import all_reduce_status, compare
 from ddp_lib.distributed.device import keep_freed_memory
-from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
 from ddp_lib.model import build_model
 from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.forkserver import become_rank
 from ddp_lib.processes.signals import StopSignal
-from ddp_lib.processes.worker import prepare
 from ddp_lib.run_dir import checkpoint
 from ddp_lib.run_dir.log import RunLog
 from ddp_lib.run_dir.resume import Run, open_run, write_results
@@ -103,7 +103,8 @@ def fit(
                 raise SystemExit(128 + signal)
 
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
-        with log, progress, stop.deferred():
+        with log, closing(progress):
+            stop.deferred = True  # from here on a signal is obeyed after the step that it came in
             log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
             train_loss = images_per_s = evaluation = None
             for epoch in range(step // len(sampler), config.epochs):
@@ -158,7 +159,7 @@ def fit(
                 "backend": world.backend,
                 "precision": precision,
                 "weights_sha256": weights_sha256(model, world),
-                "versions": versions(),
+                "versions": world.versions,
             }
             if world.is_main:
                 write_results(run.folder, copy_state(model), summary)
@@ -172,9 +173,14 @@ def load_same_data(
     config: TrainConfig, precision: str, world: World, data: Dataset | None
 ) -> Dataset:
     """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
+    equal = {
+        "--" + name.replace("_", "-"): value
+        for name, value in asdict(config).items()
+        if name not in PER_MACHINE
+    }
     # auto may mean bf16 on one machine and fp32 on another.
-    equal = {**config.shared(), f"--precision {config.precision}, which here": precision}
-    world.compare("flags", equal, "give every machine the same", config.join_timeout_s)
+    equal[f"--precision {config.precision}, which here"] = precision
+    compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
         data = load_dataset(
             config.data,
@@ -187,7 +193,7 @@ def load_same_data(
         "the digest of the data": data.digest[:16],
     }
     cure = "copy the same data to every machine"
-    world.compare("data", images, cure, config.data_timeout_s)
+    compare(world, "data", images, cure, config.data_timeout_s)
     return data
 
 
@@ -247,7 +253,7 @@ def save_checkpoint(
             "optimizer": optimizer.state_dict(),
             **position,
             "config": asdict(config),
-            "versions": versions(),
+            "versions": world.versions,
             "began": run.began,
         }
         checkpoint.save(run.folder, checkpoint.to_bytes(state))
@@ -268,6 +274,7 @@ def run(config: TrainConfig) -> int:
             join_timeout_s=config.join_timeout_s,
             timeout_s=config.timeout_s,
         ) as world,
+        outcome.reported_first(world.store),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -277,7 +284,7 @@ def run(config: TrainConfig) -> int:
 
 def run_forked(config: TrainConfig) -> None:
     """A rank that ddp-launch has forked; SystemExit with its status."""
-    prepare()
+    become_rank()
     sys.exit(run(config))
 
 

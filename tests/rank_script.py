@@ -2,9 +2,9 @@
 
 import runpy
 
-from ddp_lib.processes.worker import prepare
+from ddp_lib.processes.forkserver import become_rank
 
 
 def run(path: str) -> None:
-    prepare()
+    become_rank()
     runpy.run_path(path)

@@ -16,7 +16,7 @@ import pytest
 
 from ddp_lib import TrainConfig
 from ddp_lib.launch import main as launch
-from ddp_lib.processes.signals import StopSignal, signals_to_heed
+from ddp_lib.processes.signals import StopSignal, stop_signals
 
 ROOT = Path(__file__).parent.parent
 HOST = socket.gethostname()
@@ -299,7 +299,8 @@ wait_for("over1")
 # Signals
 
 LEAVES = """
-with StopSignal() as stop, stop.deferred():
+with StopSignal() as stop:
+    stop.deferred = True
     note("pid", str(os.getpid()))
     while not stop.requested:
         time.sleep(0.02)
@@ -408,7 +409,7 @@ STOPS = {
         "cleaned",
     ),
     "deferred": (
-        f"with StopSignal() as stop, stop.deferred():\n    {READY}\n"
+        f"with StopSignal() as stop:\n    stop.deferred = True\n    {READY}\n"
         "    while not stop.requested: time.sleep(0.01)\n    print(stop.requested)",
         0,
         "15",
@@ -422,7 +423,7 @@ STOPS = {
         "",
     ),
     "never looks": (
-        f"with StopSignal(grace_s=0.2) as stop, stop.deferred():\n    {READY}\n"
+        f"with StopSignal(grace_s=0.2) as stop:\n    stop.deferred = True\n    {READY}\n"
         "    while True: time.sleep(0.01)",
         143,
         "",
@@ -462,7 +463,7 @@ def test_a_rank_leaves_after_a_signal(started, code, status, output):
 def test_further_signals_do_not_lengthen_the_grace(started):
     process = python(
         STOP
-        + f"with StopSignal(grace_s=1) as stop, stop.deferred():\n    {READY}\n    while True:\n"
+        + f"with StopSignal(grace_s=1) as stop:\n    stop.deferred = True\n    {READY}\n    while True:\n"
         "        time.sleep(0.05)\n        os.kill(os.getpid(), signal.SIGINT)"
     )
     started.append(process)
@@ -481,10 +482,10 @@ def test_handlers_are_given_back():
 
 
 def test_nohup_is_respected():
-    assert signal.SIGHUP in signals_to_heed()
+    assert signal.SIGHUP in stop_signals()
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert signals_to_heed() == [signal.SIGINT, signal.SIGTERM]
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
     finally:
         signal.signal(signal.SIGHUP, old)
 

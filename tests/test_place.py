@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddp_lib.distributed.environment import Place, first_host, read_place, tasks_per_node
+from ddp_lib.distributed.environment import RankEnv, first_host, read_rank_env, tasks_per_node
 from ddp_lib.errors import UserError
 
 FOUR = {"MASTER_ADDR": "m", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
@@ -19,35 +19,45 @@ SLURM = {
 
 
 def test_alone():
-    assert read_place({}) == Place()
+    assert read_rank_env({}) == RankEnv()
 
 
 def test_four_variables_mean_one_process_a_machine():
-    place = read_place(FOUR)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 0, 1)
-    assert (place.node, place.master_addr, place.master_port) == (3, "m", 29500)
+    rank_env = read_rank_env(FOUR)
+    assert (rank_env.rank, rank_env.world_size, rank_env.local_rank, rank_env.local_world_size) == (
+        3,
+        4,
+        0,
+        1,
+    )
+    assert (rank_env.node, rank_env.master_addr, rank_env.master_port) == (3, "m", 29500)
 
 
 def test_torchrun():
-    place = read_place(FOUR | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"})
-    assert (place.local_rank, place.local_world_size, place.node) == (1, 2, 1)
+    rank_env = read_rank_env(FOUR | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"})
+    assert (rank_env.local_rank, rank_env.local_world_size, rank_env.node) == (1, 2, 1)
 
 
 def test_slurm_in_a_job_step():
-    place = read_place(SLURM)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
-    assert (place.node, place.master_addr, place.source) == (1, "gpu07", "SLURM")
-    assert 1024 < place.master_port < 32768
+    rank_env = read_rank_env(SLURM)
+    assert (rank_env.rank, rank_env.world_size, rank_env.local_rank, rank_env.local_world_size) == (
+        3,
+        4,
+        1,
+        2,
+    )
+    assert (rank_env.node, rank_env.master_addr, rank_env.source) == (1, "gpu07", "SLURM")
+    assert 1024 < rank_env.master_port < 32768
 
 
 def test_sbatch_script_is_no_step():
     outside = {k: v for k, v in SLURM.items() if k not in ("SLURM_STEP_ID", "SLURM_PROCID")}
-    assert read_place(outside) == Place()
+    assert read_rank_env(outside) == RankEnv()
 
 
 def test_rank_wins_over_slurm_and_flags_over_both():
-    assert read_place(SLURM | FOUR).source == "environment"
-    assert read_place(SLURM | FOUR, rank=1, world_size=2).rank == 1
+    assert read_rank_env(SLURM | FOUR).source == "environment"
+    assert read_rank_env(SLURM | FOUR, rank=1, world_size=2).rank == 1
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,7 @@ def test_rank_wins_over_slurm_and_flags_over_both():
 def test_refused_with_one_line(changes, named):
     env = {k: v for k, v in (FOUR | changes).items() if v is not None}
     with pytest.raises(UserError) as refused:
-        read_place(env)
+        read_rank_env(env)
     line = str(refused.value)
     assert "\n" not in line
     for part in named:

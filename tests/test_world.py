@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ddp_lib.distributed.addresses import Endpoint, first_hit
-from ddp_lib.distributed.coordination import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.coordination import all_gather_results, broadcast_result, compare
 from ddp_lib.distributed.device import choose_backend, keep_freed_memory, thread_budget
 from ddp_lib.distributed.store import reach_store
 from ddp_lib.distributed.world import World
@@ -104,10 +105,10 @@ def test_alone_needs_no_group():
     with World.join(environ={}) as world:
         assert (world.rank, world.world_size, world.backend) == (0, 1, "none")
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
-        assert world.from_main("x", lambda: {"a": 1}, 1) == {"a": 1}
-        assert world.from_all("x", lambda: 7, 1) == [7]
+        assert broadcast_result(world, "x", lambda: {"a": 1}, 1) == {"a": 1}
+        assert all_gather_results(world, "x", lambda: 7, 1) == [7]
         assert broadcast_bytes(world, b"abc") == b"abc" and gather_bytes(world, b"z") == [b"z"]
-        world.compare("data", {"a": 1}, "cure", 1)
+        compare(world, "data", {"a": 1}, "cure", 1)
 
 
 STUCK = """

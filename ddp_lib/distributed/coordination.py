@@ -1,33 +1,269 @@
-"""What ranks tell each other: bytes over the process group, and words over the store.
+"""What ranks tell each other: plain values over the store, and in each step whether to stop or to save.
 
-Bytes travel as tensors, without pickle.
+At the store each rank writes its own key. Rank 0 collects them as they come and publishes one answer;
+the others wait for that answer, which may be an error. So the number of operations grows with the number
+of ranks N, and not with N * N, and no rank but rank 0 does more of them for a larger N.
 """
 
+import json
+import socket
+import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ddp_lib.distributed.addresses import first_hit
-from ddp_lib.errors import UserError
+from ddp_lib.errors import PeerError, UserError
 
 if TYPE_CHECKING:
     from ddp_lib.distributed.world import World
 
+# How long the host of the store waits, before it ends with an error, for the others to have read it.
+LINGER_S = 3.0
+# A wait inside C++ holds the connection and lets no signal handler run: it is made of pieces this long.
+WAIT_S = 0.5
+# How much longer than its own timeout a rank waits for rank 0 to publish who is missing.
+_ANSWER_S = 2.0
 
-def broadcast_bytes(world: "World", payload: bytes, source: int = 0) -> bytes:
-    """Rank `source`'s `payload`, on every rank; the others' argument is not looked at."""
-    if world.world_size == 1:
-        return payload
-    length = torch.tensor([len(payload)], device=world.device)
-    dist.broadcast(length, source)
-    data = torch.empty(int(length.item()), dtype=torch.uint8, device=world.device)
-    if world.rank == source and payload:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(data, source)
-    return data.cpu().numpy().tobytes()
+
+@dataclass
+class StoreGroup:
+    """The ranks of a job as they talk over the store, before and beside the process group.
+
+    rank None: numbered in the order in which they come, from 1. hosts_store: the store ends with this
+    process. All ranks make the same calls in the same order. Values are what JSON holds.
+    """
+
+    store: dist.Store
+    rank: int | None
+    world_size: int
+    hosts_store: bool = False
+    _published: bool = field(default=False, repr=False)
+    _calls: int = field(default=0, repr=False)
+
+    @property
+    def _key(self) -> str:
+        return f"call/{self._calls}"
+
+    def exchange(
+        self,
+        what: str,
+        value: Any,
+        timeout_s: float,
+        conclude: Callable[[list[Any]], Any] = list,
+        check: Callable[[int, Any], None] = lambda rank, value: None,
+        deadline: float | None = None,
+        complete: bool = True,
+    ) -> Any:
+        """On every rank, what `conclude` makes on rank 0 of all ranks' values, in rank order.
+
+        check(rank, value): called on rank 0 as each arrives. deadline: monotonic time; default:
+        timeout_s from now. complete False: at the deadline rank 0 concludes from those that came.
+
+        UserError, on every rank, if conclude or check raise it on rank 0, if a rank publishes an error
+        instead of a value, or at the deadline, naming the ranks that did not come.
+        """
+        if deadline is None:
+            deadline = time.monotonic() + timeout_s
+        if self.rank == 0:
+            try:
+                values = self._collect(what, value, timeout_s, deadline, check, complete)
+                answer = conclude(values)
+            except UserError as error:
+                self._publish(str(error))
+                raise
+            return self._answer(answer)
+        self._post({"value": value})
+        return self._wait_for_answer(
+            what, timeout_s, deadline if complete else deadline + _ANSWER_S
+        )
+
+    def broadcast(self, what: str, value: Any, timeout_s: float) -> Any:
+        """Rank 0's value, on every rank; the others' is not looked at. UserError as in `exchange`."""
+        if self.rank == 0:
+            return self._answer(value)
+        return self._wait_for_answer(what, timeout_s, time.monotonic() + timeout_s)
+
+    def publish_error(self, error: BaseException) -> None:
+        """Lets every rank know why this one leaves: those that wait in a call or come to the next, and
+        those that lose their connection to this rank and ask for `published_error`."""
+        if not isinstance(error, PeerError):
+            who = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
+            self._publish(f"{who}{error}")
+
+    def published_error(self) -> str:
+        """The first error that a rank has published; empty if there is none."""
+        with suppress(RuntimeError):  # the store is gone
+            if self.store.check(["error"]):
+                self.count_as_read()
+                return self.store.get("error").decode()
+        return ""
+
+    def wait_until_read(self) -> None:
+        """The store's host waits until the others have read the last answer, or for LINGER_S."""
+
+        def all_have() -> bool:
+            return self.store.add("read", 0) >= self.store.add("call/0/arrived", 0)
+
+        with suppress(RuntimeError):
+            first_hit(all_have, time.monotonic() + LINGER_S)
+
+    def count_as_read(self) -> None:
+        """This rank makes no call any more: the store's host need not wait for it."""
+        with suppress(RuntimeError):
+            self.store.add("read", 1)
+
+    def _publish(self, text: str) -> None:
+        if self._published:
+            return
+        self._published = True
+        with suppress(RuntimeError):
+            self.store.compare_set("error", "", text)
+            if self.rank == 0:
+                self.store.set(f"{self._key}/answer", json.dumps({"error": text}))
+            else:
+                self._post({"error": text})
+                self.count_as_read()
+        if self.hosts_store:
+            # Python waits for this thread before it ends the process, and with it the store.
+            threading.Thread(target=self.wait_until_read, name="linger").start()
+
+    def _answer(self, value: Any) -> Any:
+        text = json.dumps({"value": value})
+        self.store.set(f"{self._key}/answer", text)
+        self._calls += 1
+        return json.loads(text)["value"]
+
+    def _wait_for_answer(self, what: str, timeout_s: float, deadline: float) -> Any:
+        text = wait_for(self.store, f"{self._key}/answer", deadline)
+        if text is None:
+            error = UserError(self._who_is_missing(what, timeout_s))
+            self._publish(str(error))
+            raise error
+        answer = json.loads(text)
+        if "error" in answer:
+            self.count_as_read()
+            raise PeerError(answer["error"])
+        self._calls += 1
+        return answer["value"]
+
+    def _post(self, record: dict[str, Any]) -> None:
+        number = self.store.add(f"{self._key}/arrived", 1)
+        if self.rank is None:
+            self.rank = number
+        self.store.set(f"{self._key}/{number}", json.dumps({"rank": self.rank, **record}))
+
+    def _collect(
+        self,
+        what: str,
+        value: Any,
+        timeout_s: float,
+        deadline: float,
+        check: Callable[[int, Any], None],
+        complete: bool,
+    ) -> list[Any]:
+        self.store.set(f"{self._key}/0", json.dumps({"rank": 0}))
+        values = {0: json.loads(json.dumps(value))}
+        for number in range(1, self.world_size):
+            text = wait_for(self.store, f"{self._key}/{number}", deadline)
+            if text is None and complete:
+                raise UserError(self._who_is_missing(what, timeout_s))
+            if text is None:
+                break
+            record = json.loads(text)
+            if "error" in record:
+                raise PeerError(record["error"])
+            check(record["rank"], record["value"])
+            values[record["rank"]] = record["value"]
+        return [values.get(rank) for rank in range(max(values) + 1)]
+
+    def _who_is_missing(self, what: str, timeout_s: float) -> str:
+        keys = [f"{self._key}/{n}" for n in range(self.store.add(f"{self._key}/arrived", 0) + 1)]
+        records = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+        came = {record["rank"] for record in records}
+        missing = ", ".join(str(rank) for rank in range(self.world_size) if rank not in came)
+        if not missing:
+            return f"rank 0 did not answer in '{what}' within {timeout_s:g} s: look at its output"
+        return (
+            f"rank(s) {missing} of {self.world_size} did not reach '{what}' within {timeout_s:g} s: "
+            "start them, look at their output, or lower WORLD_SIZE"
+        )
+
+
+def wait_for(store: dist.Store, key: str, deadline: float) -> str | None:
+    """The key's value as soon as it is set; None if it is not by the monotonic time `deadline`."""
+    while True:
+        left_s = min(WAIT_S, deadline - time.monotonic())
+        try:
+            store.wait([key], timedelta(seconds=max(0.001, left_s)))
+            return store.get(key).decode()
+        except dist.DistStoreError:  # not yet
+            if time.monotonic() >= deadline:
+                return None
+
+
+def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeout_s: float) -> None:
+    """UserError, on every rank, if a value (anything JSON holds) differs between ranks.
+
+    It names the value, the machine, and `cure`.
+    """
+    if world.store is None:
+        return
+
+    def conclude(answers: list[Any]) -> None:
+        for name in values:
+            require_equal(name, [(host, theirs.get(name)) for host, theirs in answers], cure)
+
+    world.store.exchange(what, [socket.gethostname(), values], timeout_s, conclude)
+
+
+def require_equal(name: str, answers: list[tuple[str, Any]], cure: str) -> None:
+    """UserError if the ranks' (machine, value) pairs, in rank order, do not hold one value."""
+    for rank, (host, value) in enumerate(answers):
+        first_host, first = answers[0]
+        if value != first:
+            raise UserError(
+                f"{name} is {value!r} for rank {rank} on {host}, but {first!r} for rank 0 on "
+                f"{first_host}: {cure}"
+            )
+
+
+def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout_s: float) -> Any:
+    """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
+
+    A UserError of rank 0 is raised on every rank.
+    """
+    value = _make(world, make) if world.rank == 0 else None
+    return value if world.store is None else world.store.broadcast(what, value, timeout_s)
+
+
+def all_gather_results(
+    world: "World", what: str, make: Callable[[], Any], timeout_s: float
+) -> list[Any]:
+    """What `make()` returns on each rank (anything JSON holds), in rank order, on every rank.
+
+    A UserError of any rank is raised on every rank, with the rank and machine it came from.
+    """
+    value = _make(world, make)
+    if world.store is None:
+        return [value]
+    values: list[Any] = world.store.exchange(what, value, timeout_s)
+    return values
+
+
+def _make(world: "World", make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except UserError as error:
+        if world.store is not None:
+            world.store.publish_error(error)
+        raise
 
 
 class Status(NamedTuple):
@@ -53,106 +289,3 @@ def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: "World
     if world.world_size > 1:
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
     return Status(flags, work)
-
-
-def gather_bytes(world: "World", payload: bytes) -> list[bytes]:
-    """On rank 0 every rank's `payload`, in rank order and of any lengths; on the others nothing."""
-    if world.world_size == 1:
-        return [payload]
-    mine = torch.tensor([len(payload)], device=world.device)
-    lengths = [torch.empty_like(mine) for _ in range(world.world_size)]
-    dist.all_gather(lengths, mine)
-    sizes = [int(length.item()) for length in lengths]
-    # A collective wants tensors of one size.
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=world.device)
-    if payload:
-        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    pieces = [torch.empty_like(padded) for _ in sizes] if world.is_main else None
-    if len(padded):
-        dist.gather(padded, pieces)
-    return [
-        piece[:size].cpu().numpy().tobytes()
-        for piece, size in zip(pieces or [], sizes, strict=False)
-    ]
-
-
-# How long the host of the store waits, before it leaves with an error, for the others to have read it.
-LINGER_S = 3.0
-
-
-def exchange(
-    store: dist.Store,
-    what: str,
-    rank: int,
-    world_size: int,
-    value: str,
-    deadline: float,
-    limit_s: float,
-    check: Callable[[int, str], None] = lambda rank, text: None,
-) -> list[str]:
-    """Every rank's value, in rank order; `check(rank, value)` is called as each arrives.
-
-    Over the store and not a collective: it works before the group stands, and names who is missing.
-    A UserError that another rank has told is raised here too.
-    """
-    store.set(f"{what}/{rank}", value)
-    found: dict[int, str] = {}
-    pause_s = 0.005
-    while len(found) < world_size:
-        raise_what_was_told(store)
-        for other in range(world_size):
-            if other not in found and store.check([f"{what}/{other}"]):
-                found[other] = store.get(f"{what}/{other}").decode()
-                check(other, found[other])
-        if len(found) == world_size:
-            break
-        if time.monotonic() > deadline:
-            missing = ", ".join(str(r) for r in range(world_size) if r not in found)
-            raise UserError(
-                f"rank(s) {missing} of {world_size} did not reach '{what.partition('/')[0]}' within "
-                f"{limit_s:g} s: start them, look at their output, or lower WORLD_SIZE"
-            )
-        time.sleep(pause_s)
-        pause_s = min(0.2, pause_s * 1.5)
-    return [found[other] for other in range(world_size)]
-
-
-def share(store: dist.Store, what: str, value: str | None, timeout_s: float) -> str:
-    """The value that one rank gives (the others give None), on every rank."""
-    if value is not None:
-        store.set(what, value)
-        return value
-
-    def is_there() -> bool:
-        raise_what_was_told(store)
-        return bool(store.check([what]))
-
-    if not first_hit(is_there, time.monotonic() + timeout_s):
-        raise UserError(
-            f"rank 0 did not give '{what.partition('/')[0]}' within {timeout_s:g} s: look at its output"
-        )
-    return store.get(what).decode()
-
-
-class Told(UserError):
-    """Another rank's UserError, heard over the store."""
-
-
-def raise_what_was_told(store: dist.Store) -> None:
-    if store.check(["told"]):
-        raise Told(store.get("told").decode())
-
-
-def tell_all(store: dist.Store, error: UserError, hosts: bool) -> None:
-    """Before this rank leaves with `error`: all that wait at the store get to know it.
-
-    hosts: the store ends with this process, which waits for the others that came.
-    """
-    try:
-        store.compare_set("told", "", str(error))
-        store.add("left", 1)
-        if hosts:
-            deadline = time.monotonic() + LINGER_S
-            first_hit(lambda: store.add("left", 0) >= store.add("came", 0), deadline)
-    except RuntimeError:
-        return  # the store is gone already

@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks, read from flags and environment before any socket opens."""
+"""Which rank this process is, read from flags and environment before any socket opens."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from ddp_lib.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class RankEnv:
     """Rank and world size, on this machine and in all, and where the master is."""
 
     rank: int = 0
@@ -31,8 +31,8 @@ class Place:
         return Endpoint(self.master_addr, self.master_port)
 
 
-def read_place(environ: Mapping[str, str], **flags: int | str | None) -> Place:
-    """The place that the flags (`rank=`, `world_size=`, ...), RANK and its companions, or SLURM give.
+def read_rank_env(environ: Mapping[str, str], **flags: int | str | None) -> RankEnv:
+    """The rank that the flags (`rank=`, `world_size=`, ...), RANK and its companions, or SLURM give.
 
     In this order; a process with none of them is alone. Raises UserError, naming the variable, its
     value and the cure, where they are incomplete or contradict each other.
@@ -49,7 +49,7 @@ def read_place(environ: Mapping[str, str], **flags: int | str | None) -> Place:
                 f"{name}={env[name]!r} is set, but RANK and WORLD_SIZE are not: "
                 f"set them too (RANK=0 on the master), or unset {name} to train alone"
             )
-    return Place()
+    return RankEnv()
 
 
 def _number(env: Mapping[str, str], name: str, cure: str, default: int | None = None) -> int:
@@ -71,7 +71,7 @@ def _check_range(name: str, value: int, limit_name: str, limit: int) -> None:
         )
 
 
-def _from_rank(env: Mapping[str, str]) -> Place:
+def _from_rank(env: Mapping[str, str]) -> RankEnv:
     world_size = _number(env, "WORLD_SIZE", "set it to the number of ranks in all, 1 or more")
     if world_size < 1:
         raise UserError(
@@ -101,12 +101,12 @@ def _from_rank(env: Mapping[str, str]) -> Place:
             "MASTER_PORT is not set: set the same free port on every machine, such as 29500"
         )
     port = port_number("MASTER_PORT", master_port) if master_port is not None else 0
-    return Place(
+    return RankEnv(
         rank, world_size, local_rank, local_world_size, node, master_addr, port, "environment"
     )
 
 
-def _from_slurm(env: Mapping[str, str]) -> Place:
+def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     cure = "start the ranks with srun"
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     world_size = _number(env, size_name, cure)
@@ -134,7 +134,7 @@ def _from_slurm(env: Mapping[str, str]) -> Place:
         # Two jobs on one machine need different ports; below the range that systems hand out.
         job = _number(env, "SLURM_JOB_ID", cure, 0) * 17 + _number(env, "SLURM_STEP_ID", cure, 0)
         port = 20000 + job % 10000
-    return Place(rank, world_size, local_rank, local_world_size, node, addr, port, "SLURM")
+    return RankEnv(rank, world_size, local_rank, local_world_size, node, addr, port, "SLURM")
 
 
 def tasks_per_node(text: str) -> list[int]:

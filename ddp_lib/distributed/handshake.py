@@ -1,19 +1,18 @@
-"""The ranks meet at the store, before the process group: are they who they should be, and equal?"""
+"""Before the process group: are the ranks who they should be, equal, and able to reach each other?"""
 
-import json
 import platform
 import socket
 import time
 from contextlib import ExitStack
 from typing import Any
+from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 
 from ddp_lib import __version__
 from ddp_lib.distributed.addresses import own_address
-from ddp_lib.distributed.coordination import exchange
-from ddp_lib.distributed.environment import Place
+from ddp_lib.distributed.coordination import StoreGroup, require_equal
+from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.probe import Probe, connect_all
 from ddp_lib.errors import UserError
 
@@ -30,86 +29,88 @@ def versions() -> dict[str, str]:
 _EQUAL = ("ddp_lib", "torch")
 
 
-def meet(
-    store: dist.Store,
-    place: Place,
-    possible: str,
+def handshake(
+    group: StoreGroup,
+    rank_env: RankEnv,
+    backend: str,
     reason: str,
+    timeout_s: float,
     deadline: float,
-    limit_s: float,
 ) -> tuple[str, str]:
     """All ranks tell each other who they are; returns the backend that all can use, and why.
+
+    backend, reason: what this rank could use. deadline: monotonic time, timeout_s after the start.
 
     UserError, on every rank, for a number that two have, another WORLD_SIZE, another version of
     torch or ddp_lib, machines that cannot connect to each other, and ranks that do not come.
     """
-    me = socket.gethostname()
-    if store.add(f"taken/{place.rank}", 1) > 1:
-        first = store.get(f"join/{place.rank}") if store.check([f"join/{place.rank}"]) else b"{}"
-        other = json.loads(first).get("host", "another machine")
-        raise UserError(
-            f"RANK={place.rank} is taken by another process: it is set on {other} and on {me}; "
-            f"give each a number of its own, 0 to {place.world_size - 1}"
-        )
+    host, size = socket.gethostname(), rank_env.world_size
     with ExitStack() as stack:
         probe = None
-        address = own_address(place.endpoint, place.one_machine)
-        if place.local_rank == 0 and not place.one_machine and address:
+        address = own_address(rank_env.endpoint, rank_env.one_machine)
+        if rank_env.local_rank == 0 and not rank_env.one_machine and address:
             probe = stack.enter_context(Probe(address))
-        card = {
-            "host": me,
-            "world_size": place.world_size,
-            "backend": possible,
+        mine: dict[str, Any] = {
+            "id": uuid4().hex,
+            "host": host,
+            "world_size": size,
+            "backend": backend,
             "why": reason,
             "versions": versions(),
             "probe": [probe.address, probe.port] if probe else None,
         }
+        came: dict[int, dict[str, Any]] = {rank_env.rank: mine}
 
-        def agree(rank: int, text: str) -> None:
-            theirs = json.loads(text)
-            if theirs["world_size"] != place.world_size:
+        def check(rank: int, theirs: dict[str, Any]) -> None:
+            if theirs["world_size"] != size:
                 raise UserError(
-                    f"WORLD_SIZE={place.world_size} here ({me}), but {theirs['world_size']} for rank "
+                    f"WORLD_SIZE={size} for rank 0 on {host}, but {theirs['world_size']} for rank "
                     f"{rank} on {theirs['host']}: set the same on every machine"
                 )
+            if came.setdefault(rank, theirs) is not theirs:
+                raise _taken(rank, came[rank]["host"], theirs["host"], size)
 
-        text = json.dumps(card)
-        texts = exchange(
-            store, "join", place.rank, place.world_size, text, deadline, limit_s, agree
-        )
-        cards = [json.loads(text) for text in texts]
-        for name in _EQUAL:
-            compare(name, [(card["host"], card["versions"][name]) for card in cards])
-        if not place.one_machine:
-            trouble = _trouble(cards, place) if probe else ""
+        def conclude(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            for name in _EQUAL:
+                answers = [(theirs["host"], theirs["versions"][name]) for theirs in ranks]
+                require_equal(name, answers, "install the same on every machine")
+            return [
+                {name: theirs[name] for name in ("id", "host", "backend", "why", "probe")}
+                for theirs in ranks
+            ]
+
+        ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
+        own = ranks[rank_env.rank]
+        if own["id"] != mine["id"]:  # this one came when all had come
+            raise _taken(rank_env.rank, own["host"], host, size)
+        if not rank_env.one_machine:
+            trouble = _trouble(ranks, rank_env.rank) if probe else ""
             # Ranks that try nothing wait for those that do.
-            until = max(deadline, time.monotonic() + limit_s)
-            found = exchange(
-                store, "connect", place.rank, place.world_size, trouble, until, limit_s
-            )
-            if any(found):
-                raise UserError(next(filter(None, found)))
-    for rank, theirs in enumerate(cards):
+            until = max(deadline, time.monotonic() + timeout_s)
+            group.exchange("connect", trouble, timeout_s, _raise_first, deadline=until)
+    for rank, theirs in enumerate(ranks):
         if theirs["backend"] != "nccl":
             return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
-    return possible, reason
+    return backend, reason
 
 
-def compare(name: str, found: list[tuple[str, Any]], cure: str = "") -> None:
-    """UserError where the ranks' (machine, value) pairs do not hold one value."""
-    for rank, (host, value) in enumerate(found):
-        first_host, first = found[0]
-        if value != first:
-            raise UserError(
-                f"{name} is {value!r} for rank {rank} on {host}, but {first!r} for rank 0 on "
-                f"{first_host}: {cure or 'install the same on every machine'}"
-            )
+def _taken(rank: int, first: str, second: str, size: int) -> UserError:
+    return UserError(
+        f"RANK={rank} is taken by another process: it is set on {first} and on {second}; "
+        f"give each a number of its own, 0 to {size - 1}"
+    )
 
 
-def _trouble(cards: list[dict[str, Any]], place: Place) -> str:
-    """Why this machine cannot connect to another; empty where it can to all."""
-    others = [c for r, c in enumerate(cards) if c["probe"] and r != place.rank]
-    for theirs, link in zip(others, connect_all(c["probe"] for c in others), strict=True):
+def _raise_first(troubles: list[str]) -> None:
+    for trouble in troubles:
+        if trouble:
+            raise UserError(trouble)
+
+
+def _trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
+    """Why this machine cannot connect to another; empty if it can to all."""
+    others = [theirs for rank, theirs in enumerate(ranks) if theirs["probe"] and rank != own_rank]
+    for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):
         if link.trouble:
             address, port = theirs["probe"]
             return unreachable(socket.gethostname(), theirs["host"], address, port, link.trouble)

@@ -21,7 +21,8 @@ from ddp_lib.distributed.addresses import (
     own_addresses,
     resolve,
 )
-from ddp_lib.distributed.environment import Place
+from ddp_lib.distributed.coordination import StoreGroup
+from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.errors import UserError, first_line
 
 # Between two attempts to reach a master that is not there yet.
@@ -130,28 +131,29 @@ _SILENCE_S = 5.0
 _GIVE_UP_S = 30.0
 
 
-def open_store(place: Place, env: Mapping[str, str], join_timeout_s: float) -> dist.Store:
-    """The key-value store at the master: hosted by rank 0, or already by torchrun's agent."""
+def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float) -> StoreGroup:
+    """The ranks at the master's key-value store: hosted by rank 0, or already by torchrun's agent."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = place.rank == 0 and not by_agent
+    hosts = rank_env.rank == 0 and not by_agent
+    store: dist.Store
     if hosts:
-        store = host_store(place.endpoint, join_timeout_s, place.one_machine)
+        store = host_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine)
     else:
         silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
-        store = reach_store(place.endpoint, join_timeout_s, place.one_machine, silence_s)
+        store = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
     # After a restart torchrun's agent's store still holds the keys of the attempt before. A store of
     # rank 0's own is new each time; and each agent counts its own failures alone, so that after one
     # machine's the counts differ.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
     prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
-    ours = dist.PrefixStore(prefix, store)
+    store = dist.PrefixStore(prefix, store)
     if hosts:
         me = f"{socket.gethostname()} {os.urandom(8).hex()}"
-        ours.set("host", me)
-        if not is_here(place.endpoint):
-            look = (place.endpoint, prefix, ours, me, time.monotonic() + join_timeout_s)
+        store.set("host", me)
+        if not is_here(rank_env.endpoint):
+            look = (rank_env.endpoint, prefix, store, me, time.monotonic() + join_timeout_s)
             threading.Thread(target=_look_for_rival, args=look).start()
-    return ours
+    return StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
 
 
 def _look_for_rival(
@@ -175,7 +177,7 @@ def _look_for_rival(
                         f"{me.split()[0]}, which has not: give each a number of its own"
                     )
                     for store in (theirs, ours):
-                        store.compare_set("told", "", text)
+                        StoreGroup(store, None, 0).publish_error(UserError(text))
                 return
         except (UserError, RuntimeError, ValueError, TimeoutError):
             time.sleep(0.5)

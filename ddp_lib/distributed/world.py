@@ -2,13 +2,11 @@
 
 import faulthandler
 import gc
-import itertools
-import json
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -22,10 +20,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from ddp_lib.distributed.addresses import name_interface
-from ddp_lib.distributed.coordination import exchange, share, tell_all
+from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import choose_backend, pick_device, thread_budget
-from ddp_lib.distributed.environment import read_place
-from ddp_lib.distributed.handshake import compare, meet
+from ddp_lib.distributed.environment import read_rank_env
+from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.store import open_store
 from ddp_lib.errors import UserError, first_line
 
@@ -47,10 +45,9 @@ class World:
     node: int = 0
     device: torch.device = field(default_factory=lambda: pick_device("none", 0))
     backend: str = "none"
-    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    store: StoreGroup | None = field(default=None, repr=False, compare=False)
     timeout_s: float = field(default=120.0, repr=False, compare=False)
-    # Numbers the meetings at the store, so that a second training in one world finds no old answers.
-    _meetings: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
+    versions: dict[str, str] = field(default_factory=versions, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +65,7 @@ class World:
         log: Log | None = None,
         **flags: int | str | None,
     ) -> "World":
-        """Joins the process group that flags or environment describe (see `read_place`).
+        """Joins the process group that flags or environment describe (see `read_rank_env`).
 
         join_timeout_s: how long to wait for the master and for the other ranks, seconds.
         timeout_s: how long a collective waits for the slowest rank, seconds.
@@ -76,39 +73,46 @@ class World:
         Raises UserError where the environment is inconsistent or the ranks do not come together.
         """
         env = os.environ if environ is None else environ
-        place = read_place(env, **flags)
+        rank_env = read_rank_env(env, **flags)
         started = time.monotonic()
         if "OMP_NUM_THREADS" not in env:
-            torch.set_num_threads(thread_budget(place.local_world_size))
-        possible, reason = choose_backend(
-            backend, place.local_world_size, torch.cuda.device_count()
+            torch.set_num_threads(thread_budget(rank_env.local_world_size))
+        backend, reason = choose_backend(
+            backend, rank_env.local_world_size, torch.cuda.device_count()
         )
         store = None
-        if place.world_size == 1:
-            chosen = "none"
+        if rank_env.world_size == 1:
+            backend = "none"
         else:
-            name_interface(place.endpoint, place.one_machine)
-            store = open_store(place, env, join_timeout_s)
-            store.add("came", 1)
+            name_interface(rank_env.endpoint, rank_env.one_machine)
+            store = open_store(rank_env, env, join_timeout_s)
+            deadline = started + join_timeout_s
             try:
-                deadline = started + join_timeout_s
-                chosen, reason = meet(store, place, possible, reason, deadline, join_timeout_s)
+                backend, reason = handshake(
+                    store, rank_env, backend, reason, join_timeout_s, deadline
+                )
             except UserError as error:
-                tell_all(store, error, place.rank == 0)
+                store.publish_error(error)
                 raise
-        device = pick_device(chosen, place.local_rank)
         world = cls(
-            place.rank, place.world_size, place.local_rank, place.local_world_size, place.node,
-            device, chosen, store, timeout_s,
-        )  # fmt: skip
+            rank_env.rank,
+            rank_env.world_size,
+            rank_env.local_rank,
+            rank_env.local_world_size,
+            rank_env.node,
+            pick_device(backend, rank_env.local_rank),
+            backend,
+            store,
+            timeout_s,
+        )
         if store is not None:
-            world._init_process_group(store)
+            world._init_process_group(store.store)
         if log is not None or world.is_main:
-            how = "no process group" if store is None else f"backend {chosen} ({reason})"
+            how = "no process group" if store is None else f"backend {backend} ({reason})"
             (log or world.say)(
                 f"{world.world_size} rank(s); rank {world.rank} on {socket.gethostname()}: {how}, "
-                f"device {device}, {torch.get_num_threads()} thread(s), place from {place.source}, "
-                f"joined in {time.monotonic() - started:.1f} s"
+                f"device {world.device}, {torch.get_num_threads()} thread(s), "
+                f"rank from {rank_env.source}, joined in {time.monotonic() - started:.1f} s"
             )
         return world
 
@@ -157,69 +161,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def compare(self, what: str, values: dict[str, Any], cure: str, timeout_s: float) -> None:
-        """UserError, on every rank, where a value (anything JSON holds) differs between ranks.
-
-        It names the value, the machine, and `cure`.
-        """
-        if self.store is None:
-            return
-        card = json.dumps([socket.gethostname(), values])
-        place, deadline = f"{what}/{next(self._meetings)}", time.monotonic() + timeout_s
-        texts = exchange(self.store, place, self.rank, self.world_size, card, deadline, timeout_s)
-        cards = [json.loads(text) for text in texts]
-        for name in values:
-            compare(name, [(host, theirs.get(name)) for host, theirs in cards], cure)
-
-    def from_main(self, what: str, make: Callable[[], Any], timeout_s: float) -> Any:
-        """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
-
-        A UserError of rank 0 is raised on every rank, so that none waits for a master that left.
-        """
-        answer = None
-        if self.is_main:
-            try:
-                answer = {"value": make()}
-            except UserError as error:
-                answer = {"error": str(error)}
-        if self.store is not None:
-            place = f"{what}/{next(self._meetings)}"
-            text = share(self.store, place, json.dumps(answer) if self.is_main else None, timeout_s)
-            answer = json.loads(text)
-        assert answer is not None
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer["value"]
-
-    def from_all(self, what: str, make: Callable[[], Any], timeout_s: float) -> list[Any]:
-        """What `make()` returns on each rank (anything JSON holds), in rank order, on every rank.
-
-        A UserError of any rank is raised on every rank, with the name of the machine it came from.
-        """
-        try:
-            answer = {"value": make()}
-        except UserError as error:
-            answer = {"error": str(error), "host": socket.gethostname()}
-        answers = [answer]
-        if self.store is not None:
-            deadline = time.monotonic() + timeout_s
-            place = f"{what}/{next(self._meetings)}"
-            texts = exchange(
-                self.store,
-                place,
-                self.rank,
-                self.world_size,
-                json.dumps(answer),
-                deadline,
-                timeout_s,
-            )
-            answers = [json.loads(text) for text in texts]
-        for one in answers:
-            if "error" in one:
-                where = "" if one == answer else f"{one['host']}: "
-                raise UserError(where + one["error"])
-        return [one["value"] for one in answers]
-
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.
 
@@ -247,11 +188,11 @@ class World:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Told before the group is left: leaving may hang, and the others wait for this rank meanwhile.
+        if self.store is not None and isinstance(error, UserError):
+            self.store.publish_error(error)
         # The frames of an error hold the model too.
-        told = error
         while error is not None:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
         self.leave()
-        if self.store is not None and isinstance(told, UserError):
-            tell_all(self.store, told, self.is_main)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import DistError
@@ -30,10 +31,11 @@ from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.coordination import LINGER_S
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
-from ddp_lib.launch.peers import Notes
+from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.rendezvous import Rendezvous, open_rendezvous
+from ddp_lib.processes.exit_status import first_cause, print_error
 from ddp_lib.processes.forkserver import context, no_main_module
-from ddp_lib.processes.signals import end_all_below, signals_to_heed
+from ddp_lib.processes.signals import kill_descendants, stop_signals
 
 # A machine whose ranks only lost another waits so long for that one's word: a rank that fails may
 # linger, and its agent hears of it after that.
@@ -48,7 +50,7 @@ class Agent(LocalElasticAgent):
     """torch's agent, which says why it starts the ranks again, and leaves when another gave up."""
 
     began = False
-    notes: Notes
+    peers: Peers
     closed_s: float | None = None
 
     def _shutdown(
@@ -57,7 +59,7 @@ class Agent(LocalElasticAgent):
         """Ends the ranks; at a signal, the other machines get to know it first."""
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):
-            _tell_of_signal(self.notes, 128 + int(stopped.sigval))
+            _publish_signal(self.peers, 128 + int(stopped.sigval))
         if self._pcontext:  # here, since _shutdown of torch 2.11 takes no timeout
             self._pcontext.close(death_sig, _GRACE_S)
         super()._shutdown(death_sig)
@@ -84,7 +86,7 @@ class Agent(LocalElasticAgent):
         if result.is_failed() and self._remaining_restarts > 0:
             most = worker_group.spec.max_restarts
             number = most - self._remaining_restarts + 1
-            line, _ = describe(result.failures)
+            line = cause_of(result.failures).line
             print(
                 f"ddp-launch: {line}; starting the ranks again, {number} of at most {most} times",
                 file=sys.stderr,
@@ -119,23 +121,23 @@ def run_agent(
     if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
         logging.disable(logging.ERROR)
     # As in the ranks: nohup's word stands.
-    heeded = ",".join(number.name for number in signals_to_heed())
+    heeded = ",".join(number.name for number in stop_signals())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = heeded
     try:
-        met = open_rendezvous(launch, join_timeout_s)
+        rendezvous = open_rendezvous(launch, join_timeout_s)
         try:
-            return _run(rank, args, nproc, launch, met, join_timeout_s)
+            return _run(rank, args, nproc, launch, rendezvous, join_timeout_s)
         except (SignalException, SystemExit):
-            if met.notes.heard:  # with this signal the note of another machine stops this one
-                return met.notes.heard[1]
+            if rendezvous.peers.seen:  # with this signal the note of another machine stops this one
+                return rendezvous.peers.seen[1]
             raise
         finally:
-            if met.hosts:
-                met.notes.wait_until_read()
+            if rendezvous.hosts:
+                rendezvous.peers.wait_until_read()
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     finally:
-        end_all_below()
+        kill_descendants()
 
 
 def _run(
@@ -143,7 +145,7 @@ def _run(
     args: tuple[object, ...],
     nproc: int,
     launch: Launch,
-    met: Rendezvous,
+    rendezvous: Rendezvous,
     join_timeout_s: float,
 ) -> int:
     agent = Agent(
@@ -152,37 +154,37 @@ def _run(
             local_world_size=nproc,
             entrypoint=rank,
             args=args,
-            rdzv_handler=met.handler,
+            rdzv_handler=rendezvous.handler,
             max_restarts=launch.max_restarts,
-            master_addr=met.master,
+            master_addr=rendezvous.master,
         ),
         DefaultLogsSpecs(),
         start_method=context().get_start_method(),
     )
 
     def stop(line: str, status: int) -> None:
-        print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
+        print_error(line)
         # torch's agent ends its ranks and raises; as there, where a signal was the reason.
-        number = status - 128 if status - 128 in signals_to_heed() else signal.SIGTERM
+        number = status - 128 if status - 128 in stop_signals() else signal.SIGTERM
         os.kill(os.getpid(), number)
 
-    agent.notes = met.notes
-    met.notes.watch(stop)
+    agent.peers = rendezvous.peers
+    rendezvous.peers.watch(stop)
     try:
         try:
             result = agent.run()
         finally:
-            met.notes.stop_watching()  # it would hear this machine's own note
+            rendezvous.peers.stop_watching()  # it would hear this machine's own note
     except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
         if isinstance(stopped, SystemExit) and isinstance(stopped.code, int):
-            _tell_of_signal(met.notes, stopped.code)
+            _publish_signal(rendezvous.peers, stopped.code)
         raise
     except (RendezvousError, DistError) as error:
-        if met.notes.heard:
-            return met.notes.heard[1]
-        if said := met.notes.read():
-            print(f"ddp-launch: error: {said[0]}", file=sys.stderr, flush=True)
-            return said[1]
+        if rendezvous.peers.seen:
+            return rendezvous.peers.seen[1]
+        if end := rendezvous.peers.read_end():
+            print_error(end[0])
+            return end[1]
         where = (
             "this machine"
             if launch.endpoint is None
@@ -194,68 +196,76 @@ def _run(
                 f"lost the agent at {where} {why}: see that machine's output; "
                 "the same command goes on from the last checkpoint"
             ) from error
-        came = met.notes.roll()
+        came = rendezvous.peers.arrived()
         raise UserError(
             f"the machines did not meet at {where} within {join_timeout_s:g} s: of {launch.nodes_text} "
-            f"came {len(came)}, {', '.join(card['machine'] for card in came)}; start the same command "
+            f"came {len(came)}, {', '.join(machine['machine'] for machine in came)}; start the same command "
             "on every machine; check --rdzv-endpoint, --nnodes and --join-timeout-s"
         ) from error
     finally:
         with suppress(RendezvousError, DistError):
-            met.handler.shutdown()
+            rendezvous.handler.shutdown()
     if result is None or not result.is_failed():  # None: more machines came than --nnodes allows
         return 0
-    line, status = _cause(result.failures, met.notes)
-    print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
+    line, status = _agree_on_cause(result.failures, rendezvous.peers)
+    print_error(line)
     return status
 
 
-def _tell_of_signal(notes: Notes, status: int) -> None:
-    notes.stop_watching()  # it would hear this machine's own note
-    if not notes.heard:
+def _publish_signal(peers: Peers, status: int) -> None:
+    peers.stop_watching()  # it would see this machine's own word
+    if not peers.seen:
         name = signal.Signals(status - 128).name
-        notes.leave(f"stopped by {name} on {socket.gethostname()}", status)
+        peers.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
 
 
-def _cause(failures: dict[int, ProcessFailure], notes: Notes) -> tuple[str, int]:
-    """The line that names the cause, of all machines, and the exit status; leaves it as a note."""
-    line, status = describe(failures)
-    if not notes.fixed:
-        return line, status
-    if min(_order(failure)[0] for failure in failures.values()) == 0:
-        return notes.leave(line, status)
+def _agree_on_cause(failures: dict[int, ProcessFailure], peers: Peers) -> tuple[str, int]:
+    """The line that names the cause, of all machines, and the exit status."""
+    failure = cause_of(failures)
+    if not peers.fixed:
+        return failure.line, failure.status
+    if not failure.consequence:
+        return peers.publish_end(failure.line, failure.status)
     deadline = time.monotonic() + _CAUSE_S
-    while not (said := notes.read()) and time.monotonic() < deadline:
+    while not (end := peers.read_end()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return said or (line, status)
+    return end or (failure.line, failure.status)
 
 
-def describe(failures: dict[int, ProcessFailure]) -> tuple[str, int]:
-    """The failure, of a rank each, that caused the others: a line that names it, an exit status."""
-    rank = min(failures, key=lambda number: _order(failures[number]))
-    failure, code = failures[rank], failures[rank].exitcode
-    who = f"rank {rank} on {socket.gethostname()}"
-    if isinstance(failure.message, dict):
-        return f"{who}: {' '.join(str(failure.message['message']).split())}", _status(code)
-    if code == -signal.SIGKILL:
-        return f"{who} died of SIGKILL: killed by hand, or for want of memory", _status(code)
-    if code < 0:
-        return f"{who} died of {failure.signal_name()}", _status(code)
-    if code - 128 in (signal.SIGINT, signal.SIGTERM):
-        return f"{who} was stopped by {signal.Signals(code - 128).name}", code
-    return f"{who} ended with status {code}; its output stands above", code
+@dataclass(frozen=True)
+class RankFailure:
+    """A rank's end as its agent sees it, and what the rank has written of it."""
+
+    rank: int
+    time: float
+    consequence: int
+    line: str
+    status: int
 
 
-def _status(code: int) -> int:
-    return code if code >= 0 else 128 - code
+def read_failure(rank: int, process: ProcessFailure) -> RankFailure:
+    """From the status of the process, and the error file that the rank wrote (see exit_status.py)."""
+    code, who = process.exitcode, f"rank {rank} on {socket.gethostname()}"
+    status, consequence, at = code if code >= 0 else 128 - code, 0, float(process.timestamp)
+    if isinstance(process.message, dict):
+        extra = process.message.get("extraInfo", {})
+        at, consequence = float(extra.get("time", at)), int(bool(extra.get("consequence")))
+        line = " ".join(str(process.message["message"]).split())
+        line = line if line.startswith("rank ") else f"{who}: {line}"
+    else:
+        at += 1  # torch's clock of a death without a word counts whole seconds
+        if code == -signal.SIGKILL:
+            line = f"{who} died of SIGKILL: killed by hand, or for want of memory"
+        elif code < 0:
+            line = f"{who} died of {process.signal_name()}"
+        elif code - 128 in (signal.SIGINT, signal.SIGTERM):
+            line = f"{who} was stopped by {signal.Signals(code - 128).name}"
+        else:
+            line = f"{who} ended with status {code}; its output stands above"
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        consequence = 2
+    return RankFailure(rank, at, consequence, line, status)
 
 
-def _order(failure: ProcessFailure) -> tuple[int, float]:
-    """Causes first, then what follows from them: a peer that is gone, the agent's own SIGTERM."""
-    if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return 2, failure.timestamp
-    if not isinstance(failure.message, dict):
-        # torch's clock of a death without a word counts whole seconds.
-        return 0, failure.timestamp + 1
-    extra = failure.message.get("extraInfo", {})
-    return int(bool(extra.get("secondary"))), float(extra.get("time", failure.timestamp))
+def cause_of(failures: dict[int, ProcessFailure]) -> RankFailure:
+    return first_cause(read_failure(rank, process) for rank, process in failures.items())

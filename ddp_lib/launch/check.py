@@ -4,7 +4,6 @@ The machines meet as in training, at the master's port. Each listens where gloo 
 others, and tells what it found; every machine prints the same table, and one line for each cause.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -21,19 +20,19 @@ import torch.distributed as dist
 from ddp_lib.data.dataset import digest_of
 from ddp_lib.distributed.addresses import (
     Endpoint,
-    first_hit,
     is_here,
     meanings,
     own_address,
     own_addresses,
     resolve,
 )
-from ddp_lib.distributed.environment import read_place
+from ddp_lib.distributed.coordination import StoreGroup
+from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
 from ddp_lib.distributed.store import PortTaken, host_store, reach_store, wait_for_name
 from ddp_lib.errors import UserError
-from ddp_lib.launch.diagnosis import causes, table
+from ddp_lib.launch.diagnosis import Measured, Report, causes, table
 from ddp_lib.launch.options import (
     CheckOptions,
     LaunchOptions,
@@ -68,24 +67,24 @@ def run_check(launch: LaunchOptions, options: CheckOptions) -> int:
     began = time.monotonic()
     wait_for_name(part.endpoint, _CAME * options.timeout_s)
     address = own_address(part.endpoint, False)
-    mine = card(launch, options, part, address)
+    mine = report(launch, options, part, address)
     probe = None
     if address:
         probe = Probe(address)
         mine["probe"] = [probe.address, probe.port]
     try:
-        cards, rows = _meet(part, mine, began, options.timeout_s)
+        reports, measured = _exchange_reports(part, mine, began, options.timeout_s)
     except (UserError, RuntimeError) as error:
         lost = "lost the master's check: look at its output"
         mine["troubles"].append(str(error) if isinstance(error, UserError) else lost)
-        cards, rows = [{**mine, "size": 1}], [None]
-        print(table(cards, rows))
-        return _say([line for line in causes(cards, rows, 0) if "did not finish" not in line])
+        reports, measured = [{**mine, "size": 1}], [None]
+        print(table(reports, measured))
+        return _say([line for line in causes(reports, measured, 0) if "did not finish" not in line])
     finally:
         if probe is not None:
             probe.close()
-    print(table(cards, rows))
-    return _say(causes(cards, rows, _CAME * options.timeout_s))
+    print(table(reports, measured))
+    return _say(causes(reports, measured, _CAME * options.timeout_s))
 
 
 def _say(lines: list[str]) -> int:
@@ -123,27 +122,27 @@ def read_part(options: LaunchOptions) -> Part:
             "--node-rank",
             launch.node_rank == 0 if launch.node_rank is not None else is_here(launch.endpoint),
         )
-    place = read_place(os.environ)
-    if place.world_size == place.local_world_size:
+    rank_env = read_rank_env(os.environ)
+    if rank_env.world_size == rank_env.local_world_size:
         raise UserError(
             "check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT, or set "
             "MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK"
         )
-    if place.local_rank:
-        raise UserError(f"LOCAL_RANK={place.local_rank}: run the check once on each machine")
-    size = place.world_size // place.local_world_size
-    return Part(place.endpoint, size, place.node, "WORLD_SIZE", "RANK", place.rank == 0)
+    if rank_env.local_rank:
+        raise UserError(f"LOCAL_RANK={rank_env.local_rank}: run the check once on each machine")
+    size = rank_env.world_size // rank_env.local_world_size
+    return Part(rank_env.endpoint, size, rank_env.node, "WORLD_SIZE", "RANK", rank_env.rank == 0)
 
 
-def card(launch: LaunchOptions, options: CheckOptions, part: Part, address: str) -> dict[str, Any]:
+def report(launch: LaunchOptions, options: CheckOptions, part: Part, address: str) -> Report:
     """What this machine says of itself, as plain values."""
     troubles = []
-    found = resolve(part.endpoint.host, part.endpoint.port)
+    addresses = resolve(part.endpoint.host, part.endpoint.port)
     named_here = part.endpoint.host.partition(".")[0] == socket.gethostname().partition(".")[0]
-    guessed = meanings(part.endpoint, False) != found
+    guessed = meanings(part.endpoint, False) != addresses
     if guessed and not (named_here or part.rank == 0):
         troubles.append(
-            f"{part.endpoint.host_name} means {found[0]} here, this machine itself: correct /etc/hosts, "
+            f"{part.endpoint.host_name} means {addresses[0]} here, this machine itself: correct /etc/hosts, "
             "or give the master's address"
         )
     data = ""
@@ -178,70 +177,67 @@ def card(launch: LaunchOptions, options: CheckOptions, part: Part, address: str)
     }
 
 
-def _meet(
-    part: Part, mine: dict[str, Any], began: float, timeout_s: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
-    """Cards and findings of all that came; UserError where this machine found nobody."""
+def _exchange_reports(
+    part: Part, mine: Report, began: float, timeout_s: float
+) -> tuple[list[Report], list[Measured | None]]:
+    """Reports and measurements of all that came; UserError if this machine reached nobody."""
     came, measured, read = (began + share * timeout_s for share in (_CAME, _MEASURED, _READ))
     hosts = part.hosts
     server: dist.Store | None = None
     if hosts:
         try:
-            server = host_store(part.endpoint, _left(came), False)
+            server = host_store(part.endpoint, _left_s(came), False)
         except PortTaken:
             if part.rank is not None:
                 raise
             hosts = mine["hosts"] = False  # another check on this computer is the master
     if server is None:
-        server = reach_store(part.endpoint, _left(came), False)
+        server = reach_store(part.endpoint, _left_s(came), False)
     store = dist.PrefixStore("ddp_lib/check", server)
-    # The host is number 0; a number that two were given must not hide one of them.
-    number = 0 if hosts else store.add("came", 1)
-    store.set(f"card/{number}", json.dumps(mine))
-    if hosts:
-        first_hit(lambda: store.add("came", 0) >= part.size - 1, came)
-        store.set("list", str(store.add("came", 0) + 1))
-    count = int(_get(store, "list", came + 2) or 0)
-    if not count:
-        raise UserError("the master's check does not answer: look at its output")
-    if number >= count:
+    # Numbered as they come, not by --node-rank: a number given twice must not hide a machine.
+    group = StoreGroup(store, 0 if hosts else None, part.size)
+    reports = group.exchange("check", mine, timeout_s, deadline=came, complete=False)
+    number = group.rank or 0
+    if number >= len(reports):
         raise UserError(
-            f"{count} machines had come before this one: it is one too many for {part.size_name} "
-            f"{part.size}, or too late (all are to start within {_CAME * timeout_s:.0f} s)"
+            f"{len(reports)} machines had come before this one: it is one too many for "
+            f"{part.size_name} {part.size}, or too late (all are to start within "
+            f"{_CAME * timeout_s:.0f} s)"
         )
-    cards = [json.loads(_get(store, f"card/{n}", measured) or "{}") for n in range(count)]
-    row = _measure(store, cards, number, measured)
-    store.set(f"row/{number}", json.dumps(row))
-    texts = [_get(store, f"row/{n}", read) for n in range(count)]
-    store.add("done", 1)
+    group.world_size = len(reports)
+    links = _connect(reports, number)
+    # All send at once, as a ring all-reduce does.
+    group.exchange("connected", None, timeout_s, deadline=measured, complete=False)
+    rate = _send_to_next(reports, links, number, measured)
+    own = {"links": links, "rate": rate}
+    answers = group.exchange("measured", own, timeout_s, deadline=read, complete=False)
     if hosts:
-        first_hit(lambda: store.add("done", 0) >= count, read)
-    return cards, [json.loads(text) if text else None for text in texts]
+        group.wait_until_read()
+    else:
+        group.count_as_read()
+    return reports, [*answers, *[None] * (len(reports) - len(answers))]
 
 
-def _measure(
-    store: dist.Store, cards: list[dict[str, Any]], number: int, until: float
-) -> dict[str, Any]:
-    """Connects to all, one way each, then sends to the next: all at once, as a ring all-reduce does."""
-    others = [n for n, card in enumerate(cards) if n != number and card.get("probe")]
-    links = [asdict(Link("has no address" if n != number else "")) for n in range(len(cards))]
-    for n, link in zip(
-        others, connect_all([tuple(cards[n]["probe"]) for n in others], _PINGS), strict=True
-    ):
+def _connect(reports: list[Report], number: int) -> list[dict[str, Any]]:
+    """What this machine finds on the way to each of the others."""
+    others = [n for n, report in enumerate(reports) if n != number and report.get("probe")]
+    links = [asdict(Link("has no address" if n != number else "")) for n in range(len(reports))]
+    probes = [tuple(reports[n]["probe"]) for n in others]
+    for n, link in zip(others, connect_all(probes, _PINGS), strict=True):
         links[n] = asdict(link)
-    store.add("linked", 1)
-    first_hit(lambda: store.add("linked", 0) >= len(cards), until)
-    following, rate = (number + 1) % len(cards), 0.0
-    if following in others and not links[following]["trouble"]:
-        address, port = cards[following]["probe"]
-        rate = bandwidth(address, port, _LOAD_S, _left(until))
-    return {"links": links, "rate": rate}
+    return links
 
 
-def _get(store: dist.Store, key: str, until: float) -> str:
-    """Its value once it is there; empty where that is not before `until`."""
-    return store.get(key).decode() if first_hit(lambda: store.check([key]), until) else ""
+def _send_to_next(
+    reports: list[Report], links: list[dict[str, Any]], number: int, deadline: float
+) -> float:
+    """Bytes per second to the next machine; 0 if it cannot be reached."""
+    following = (number + 1) % len(reports)
+    if following == number or links[following]["trouble"]:
+        return 0.0
+    address, port = reports[following]["probe"]
+    return bandwidth(address, port, _LOAD_S, _left_s(deadline))
 
 
-def _left(until: float) -> float:
-    return max(1.0, until - time.monotonic())
+def _left_s(deadline: float) -> float:
+    return max(1.0, deadline - time.monotonic())

@@ -23,7 +23,7 @@ from ddp_lib.launch.options import (
 )
 from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.forkserver import start_server
-from ddp_lib.processes.signals import AGENT, StopSignal, end_all_below
+from ddp_lib.processes.signals import AGENT, StopSignal, kill_descendants
 
 USAGE = """usage: ddp-launch {train,check,plot} ...
 
@@ -166,5 +166,5 @@ def start_agent(
 
 def _end_now(number: int) -> None:
     """Called from a thread when the time to leave is over, or at the second Ctrl-C."""
-    end_all_below()
+    kill_descendants()
     os._exit(128 + number)

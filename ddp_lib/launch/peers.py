@@ -11,22 +11,26 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ddp_lib.distributed.coordination import wait_for
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 
-# How often a launcher looks whether another has left a note; how long the host of the store waits,
-# before it leaves, for the others to have read its own.
-_LOOK_S, _LINGER_S = 0.3, 1.5
+# How often a launcher looks whether another has ended the job; how long the host of the store waits,
+# before it leaves, for the others to have read that; how long the first to come may take to say so.
+_LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
 
 
 @dataclass
-class Notes:
-    """What the launchers of one job leave for each other at the store."""
+class Peers:
+    """The launchers of one job, by way of the store that the master's hosts.
+
+    seen: line and status of another launcher's end, that stopped this one.
+    """
 
     store: dist.Store
     launch: Launch
     address: str
-    heard: "tuple[str, int] | None" = None
+    seen: "tuple[str, int] | None" = None
     _done: threading.Event = field(default_factory=threading.Event)
     _calling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -35,54 +39,54 @@ class Notes:
         """Whether one machine's failure is everybody's; an elastic job goes on."""
         return self.launch.nodes[0] == self.launch.nodes[1] > 1
 
-    def call_the_roll(self) -> None:
-        """Tells that this machine is here. UserError where it was started otherwise than those before."""
+    def announce(self) -> None:
+        """Tells that this machine is here. UserError if it was started otherwise than those before."""
         me: dict[str, Any] = {
             "machine": f"{socket.gethostname()} ({self.address})",
             "nnodes": self.launch.nodes_text,
-            "node_rank": self.launch.node_rank,
         }
         number = self.store.add("agents", 1)
         self.store.set(f"agent/{number}", json.dumps(me))
-        for other in self.roll():
-            trouble = ""
-            if other["nnodes"] != me["nnodes"]:
+        trouble = ""
+        text = wait_for(self.store, "agent/1", time.monotonic() + _FIRST_S)
+        first = me if text is None else json.loads(text)
+        if first["nnodes"] != me["nnodes"]:
+            trouble = (
+                f"--nnodes is {me['nnodes']} on {me['machine']}, but {first['nnodes']} on "
+                f"{first['machine']}: give the same on every machine"
+            )
+        elif (mine := self.launch.node_rank) is not None:
+            holder = self.store.compare_set(f"number/{mine}", "", me["machine"]).decode()
+            if holder != me["machine"]:
                 trouble = (
-                    f"--nnodes is {me['nnodes']} on {me['machine']}, but {other['nnodes']} on "
-                    f"{other['machine']}: give the same on every machine"
+                    f"number {mine} is taken: it was given to {holder} and to {me['machine']}; "
+                    "give each machine a --node-rank of its own"
                 )
-            elif other["node_rank"] == me["node_rank"] is not None and (
-                other["machine"] != me["machine"]
-            ):
-                trouble = (
-                    f"number {me['node_rank']} is taken: it was given to {other['machine']} and to "
-                    f"{me['machine']}; give each machine a --node-rank of its own"
-                )
-            if trouble:
-                if number <= int(other["nnodes"].rpartition(":")[2]):  # else they do without
-                    self.leave(trouble, 2)
-                raise UserError(trouble)
+        if trouble:
+            if number <= int(first["nnodes"].rpartition(":")[2]):  # else they do without
+                self.publish_end(trouble, 2)
+            raise UserError(trouble)
 
-    def roll(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[dict[str, Any]]:
         """Who has come so far, in order, each machine once."""
         try:
             keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
-            cards = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+            machines = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
         except RuntimeError:
             return []
-        return list({card["machine"]: card for card in cards}.values())
+        return list({machine["machine"]: machine for machine in machines}.values())
 
-    def leave(self, line: str, status: int) -> tuple[str, int]:
-        """Leaves a note that ends the job on every machine; returns the one that stands, the first."""
+    def publish_end(self, line: str, status: int) -> tuple[str, int]:
+        """Ends the job on every machine; returns the line and status that stand, the first published."""
         if self.fixed:
             with suppress(RuntimeError):
-                self.store.compare_set("note", "", f"{status} {line}")
-        return self.read() or (line, status)
+                self.store.compare_set("end", "", f"{status} {line}")
+        return self.read_end() or (line, status)
 
-    def read(self) -> tuple[str, int] | None:
-        """The note's line and exit status, if there is one."""
+    def read_end(self) -> tuple[str, int] | None:
+        """Line and exit status that a launcher has published, if one has."""
         try:
-            text = self.store.get("note").decode() if self.store.check(["note"]) else ""
+            text = self.store.get("end").decode() if self.store.check(["end"]) else ""
         except RuntimeError:
             return None  # the host is gone; torch's own agent says so
         if not text:
@@ -93,28 +97,28 @@ class Notes:
         return line, int(status)
 
     def wait_until_read(self) -> None:
-        """Before the host of the store leaves: all have read the note, or had the time."""
+        """Before the host of the store leaves: all have read the end, or had the time."""
         deadline = time.monotonic() + _LINGER_S
         with suppress(RuntimeError):
-            while self.store.check(["note"]) and time.monotonic() < deadline:
-                if self.store.add("read", 0) >= len(self.roll()):
+            while self.store.check(["end"]) and time.monotonic() < deadline:
+                if self.store.add("read", 0) >= len(self.arrived()):
                     return
                 time.sleep(0.1)
 
     def watch(self, call: Callable[[str, int], None]) -> None:
-        """From a thread: `call` with line and status of the note of another launcher, once there is one."""
+        """From a thread: `call` with line and status of another launcher's end, once there is one."""
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
-                note = self.read()
+                end = self.read_end()
                 with self._calling:
-                    if note and not self._done.is_set():
-                        self.heard = note
-                        call(*note)
+                    if end and not self._done.is_set():
+                        self.seen = end
+                        call(*end)
                         return
 
         if self.fixed:
-            threading.Thread(target=look, name="notes", daemon=True).start()
+            threading.Thread(target=look, name="peers", daemon=True).start()
 
     def stop_watching(self) -> None:
         """No call begins after this, and one that has begun is over."""

@@ -26,7 +26,7 @@ from ddp_lib.distributed.addresses import (
 from ddp_lib.distributed.store import PortTaken, host_store, reach_store, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
-from ddp_lib.launch.peers import Notes
+from ddp_lib.launch.peers import Peers
 
 # How long an elastic job that has its least number of machines waits for more: those that come later
 # are taken in as well.
@@ -40,11 +40,11 @@ class Rendezvous:
     handler: DynamicRendezvousHandler
     master: str
     hosts: bool
-    notes: Notes
+    peers: Peers
 
 
 def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
-    """Hosts the store or reaches it, and calls the roll; UserError where that fails."""
+    """Hosts the store or reaches it, and announces this machine; UserError if that fails."""
     several = launch.endpoint is not None
     endpoint = launch.endpoint or Endpoint("127.0.0.1", 0, "this machine")
     if several:
@@ -78,10 +78,10 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
             timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)
         ),
     )
-    notes = Notes(dist.PrefixStore(f"ddp_lib/notes/{launch.job}", store), launch, address)
+    peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address)
     if several:
-        notes.call_the_roll()
-    return Rendezvous(handler, _master(endpoint, address, here), hosts, notes)
+        peers.announce()
+    return Rendezvous(handler, _master(endpoint, address, here), hosts, peers)
 
 
 def _master(endpoint: Endpoint, address: str, here: bool) -> str:

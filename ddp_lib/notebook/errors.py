@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from ddp_lib.errors import PEER_GONE
 from ddp_lib.notebook.worker import Failure, Frame
-from ddp_lib.processes.exit_status import PEER_GONE
 
 # Where code lies that is not the reader's: Python's, installed packages' and this package's.
 _LIBRARIES = tuple(

@@ -12,6 +12,7 @@ import cloudpickle
 from ddp_lib.errors import UserError
 from ddp_lib.notebook.errors import RankError, death_error, exception_error, hang_error
 from ddp_lib.notebook.worker import host_store, run_rank
+from ddp_lib.processes.exit_status import first_cause
 from ddp_lib.processes.forkserver import context, no_main_module
 
 # After a rank has failed: how long to wait for the other ranks' errors, one of which may be the cause.
@@ -185,7 +186,7 @@ def _root_cause(errors: list[RankError]) -> RankError:
     If several ranks have this same error, it is that of the lowest rank, so that the answer does
     not depend on which rank was first.
     """
-    first = min(errors, key=lambda error: (error.consequence, error.time))
+    first = first_cause(errors)
     same = (error for error in errors if error.text_without_rank == first.text_without_rank)
     return min(same, key=lambda error: error.rank)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import cloudpickle
 
-from ddp_lib.processes.forkserver import take_thread_budget
+from ddp_lib.processes.forkserver import set_threads
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run_rank(
 
     gc.freeze()  # garbage collection skips everything that the fork server has imported
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
-    take_thread_budget()
+    set_threads()
     try:
         os.environ["MASTER_PORT"] = str(connection.recv())
     except EOFError:

@@ -1,4 +1,4 @@
-"""How a rank's failure becomes an exit status and one line."""
+"""How a failure becomes one line and an exit status, and which of several was the cause."""
 
 import json
 import os
@@ -6,75 +6,134 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import PeerError, UserError, is_peer_gone, is_timeout
 from ddp_lib.processes.signals import AGENT
 
-# What gloo and NCCL say on the ranks that survive when a peer is gone: a consequence, not a cause.
-PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
-_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "Application timeout")
+
+class Failure(Protocol):
+    """Anything that says when a rank failed, and whether another rank's failure was the reason."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def consequence(self) -> int:
+        """0: a cause; 1: of another rank's failure; 2: ended by the launcher."""
+
+
+AnyFailure = TypeVar("AnyFailure", bound=Failure)
+
+
+def first_cause(failures: Iterable[AnyFailure]) -> AnyFailure:
+    """The failure that came first, of those that are not the consequence of another."""
+    return min(failures, key=lambda failure: (failure.consequence, failure.time, failure.rank))
+
+
+def print_error(line: str, prog: str = "ddp-launch") -> None:
+    """The one place that prints a failure."""
+    print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
+
+
+class Peers(Protocol):
+    """Where other ranks' errors can be read: distributed.coordination.StoreGroup."""
+
+    def published_error(self) -> str: ...
 
 
 @dataclass
 class Outcome:
+    """How a process ends; `status` is its exit status."""
+
+    prog: str = "ddp-launch"
     status: int = 0
+    reported: BaseException | None = None
+
+    @contextmanager
+    def reported_first(self, peers: Peers | None) -> Iterator[None]:
+        """Prints what is raised inside before it goes on: leaving the process group may hang.
+
+        peers: asked for the cause if this rank only lost another.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.report(error, peers)
+            raise
+
+    def report(self, error: BaseException, peers: Peers | None = None) -> None:
+        """Sets the status, and says why: one line, or left to the agent that started this rank."""
+        if error is self.reported:
+            return
+        self.reported = error
+        text = " ".join(str(error).split())[:300]
+        match error:
+            case PeerError():
+                self.status = 2
+                self._say(str(error), consequence=True)
+            case UserError():
+                self.status = 2
+                self._say(str(error))
+            case KeyboardInterrupt():
+                self.status = 130
+            case BrokenPipeError():
+                # What read the output (`| head`) has ended: nothing can be said there, even at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                self.status = 128 + signal.SIGPIPE
+                if AGENT in os.environ:  # the agent must say why a rank has left
+                    self._say("nothing reads the output any more: send it to a file")
+            case SystemExit():
+                code = error.code
+                self.status = code if isinstance(code, int) else int(bool(code))
+            case _ if is_peer_gone(error):
+                self.status = 1
+                cause = peers.published_error() if peers is not None else ""
+                self._say(
+                    cause or f"another rank is gone: see its own output ({text})", consequence=True
+                )
+            case _ if is_timeout(error):
+                self.status = 1
+                self._say(
+                    f"timed out waiting for another rank, --timeout-s long ({text})",
+                    consequence=True,
+                )
+            case _:
+                self.status = 1
+                traceback.print_exception(error)
+                self._say(f"{type(error).__name__}: {text} (its traceback stands above)")
+
+    def _say(self, line: str, consequence: bool = False) -> None:
+        """Prints the line, or leaves it where the agent reads it."""
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path:
+            now = time.time()
+            # torch reads the first three; ddp-launch the rest, to find the cause among failures that
+            # came within one second.
+            extra = {
+                "timestamp": str(int(now)),
+                "py_callstack": line,
+                "time": now,
+                "consequence": consequence,
+            }
+            with open(path, "w") as file:
+                json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+        if AGENT not in os.environ:
+            named = "RANK" not in os.environ or line.startswith("rank ")
+            print_error(line if named else f"rank {os.environ['RANK']}: {line}", self.prog)
 
 
 @contextmanager
 def as_exit_status(prog: str = "ddp-launch") -> Iterator[Outcome]:
-    """Turns what is raised inside into `outcome.status`, and says it: one line for a UserError.
-
-    Under ddp-launch the line is left to the agent, which names the first failure of all ranks.
-    """
-    outcome = Outcome()
+    """Turns what is raised inside into `outcome.status`, and reports it if that is not done yet."""
+    outcome = Outcome(prog)
     try:
         yield outcome
-    except UserError as error:
-        outcome.status = 2
-        _tell(prog, str(error), secondary=False)
-    except KeyboardInterrupt:
-        outcome.status = 130
-    except BrokenPipeError:
-        # What read the output (`| head`) has ended: nothing more can be said there, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        outcome.status = 128 + signal.SIGPIPE
-        if AGENT in os.environ:  # the agent must say why a rank has left
-            _tell(prog, "nothing reads the output any more: send it to a file", secondary=False)
-    except SystemExit as leaving:
-        outcome.status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-    except Exception as error:
-        outcome.status = 1
-        text = " ".join(str(error).split())[:300]
-        if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_GONE):
-            _tell(prog, f"another rank is gone: see its own output ({text})", secondary=True)
-        elif isinstance(error, RuntimeError) and any(sign in text for sign in _TIMED_OUT):
-            _tell(
-                prog, f"waited for another rank in vain, --timeout-s long ({text})", secondary=True
-            )
-        else:
-            traceback.print_exc()
-            line = f"{type(error).__name__}: {text} (its traceback stands above)"
-            _tell(prog, line, secondary=False)
-
-
-def _tell(prog: str, line: str, secondary: bool) -> None:
-    """Prints the line, or leaves it where the agent reads it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        now = time.time()
-        # torch reads the first three; ddp-launch the rest, to find the cause among failures that
-        # came within one second.
-        extra = {
-            "timestamp": str(int(now)),
-            "py_callstack": line,
-            "time": now,
-            "secondary": secondary,
-        }
-        with open(path, "w") as file:
-            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
-    if AGENT not in os.environ:
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"{prog}: error: {rank}{line}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        if isinstance(error, GeneratorExit):
+            raise
+        outcome.report(error)

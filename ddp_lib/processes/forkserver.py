@@ -1,9 +1,14 @@
 """Processes that share what torch's import costs: forked from one that has imported it, and no more.
 
+The server, and what a fork does first to become a rank.
+
 Used by run_ranks and by ddp-launch. Importing torch takes each process seconds and hundreds of
 megabytes; a fork shares both, and takes a tenth of a second.
 """
 
+import faulthandler
+import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -11,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +38,7 @@ def start_server(preload: list[str]) -> None:
     from multiprocessing.forkserver import ensure_running
 
     here.set_forkserver_preload(preload)
-    with _one_thread(), _deaf():
+    with _one_thread(), _ignore_sigint():
         ensure_running()
 
 
@@ -50,7 +56,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def _ignore_sigint() -> Iterator[None]:
     """A process that is started inside ignores Ctrl-C, which a terminal and Jupyter send to all: the
     server would print a traceback if it came while torch loads."""
     if threading.current_thread() is not threading.main_thread():
@@ -74,8 +80,36 @@ def no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def take_thread_budget() -> None:
-    """In the forked process: torch read OMP_NUM_THREADS when the server loaded it."""
+def become_rank() -> None:
+    """Makes this fork a rank as torchrun's would be: its threads, its output, its end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _stop_with_agent()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(line_buffering=True)  # lines, and whole ones: ranks share the pipe
+    faulthandler.disable()  # torch's agent switches it on; a death by signal is one line here
+    set_threads()
+    gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over
+    from torch.multiprocessing import _set_thread_name
+
+    _set_thread_name(f"ddp-rank{os.environ['RANK']}")  # for ps, top and pkill
+
+
+def _stop_with_agent() -> None:
+    """Makes this rank stop as by SIGTERM when the ddp-launch that started it is gone (killed)."""
+    agent = multiprocessing.parent_process()
+    if agent is None:
+        return
+
+    def watch() -> None:
+        wait([agent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="agent", daemon=True).start()
+
+
+def set_threads() -> None:
+    """In the fork: torch read OMP_NUM_THREADS when the server loaded it."""
     import torch
 
     threads = os.environ.get("OMP_NUM_THREADS", "")

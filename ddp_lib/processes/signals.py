@@ -5,8 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,7 +17,7 @@ _SIGNALS = [
 class StopSignal:
     """Inside `with StopSignal() as stop:` a signal ends the process with status 128 + its number.
 
-    At once, by SystemExit, but within `stop.deferred()` it only sets `stop.requested`, for a loop
+    At once, by SystemExit; but while `stop.deferred` is true it only sets `stop.requested`, for a loop
     that agrees with the other ranks on the step at which to leave. A process that is blocked inside
     C++, as a rank in a collective is, runs no Python handler: a thread calls `at_last` (with the
     signal's number; default: leave with 128 + it) `grace_s` seconds after the first signal, or, with
@@ -37,22 +36,14 @@ class StopSignal:
         self.grace_s = grace_s
         self._at_last = at_last or (lambda number: os._exit(128 + number))
         self._impatient = impatient
-        self._deferred = False
+        self.deferred = False
         self._old: dict[int, Any] = {}
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
-            self._old = {n: signal.signal(n, self._handle) for n in signals_to_heed()}
+            self._old = {n: signal.signal(n, self._handle) for n in stop_signals()}
             self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
             if hasattr(os, "register_at_fork"):
@@ -74,7 +65,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
-        if not self._deferred:
+        if not self.deferred:
             raise SystemExit(128 + number)
 
     def _watch(self) -> None:
@@ -99,7 +90,7 @@ class StopSignal:
             self._at_last(number)
 
 
-def signals_to_heed() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """Those that ask to leave; not the closed terminal's where `nohup` has switched that off."""
     return [
         number
@@ -108,7 +99,7 @@ def signals_to_heed() -> list[signal.Signals]:
     ]
 
 
-def end_all_below() -> None:
+def kill_descendants() -> None:
     """Ends every process that this one started, and theirs, at once.
 
     All but multiprocessing's resource tracker, which ends after this one, and tidies up.

@@ -6,6 +6,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from ddp_lib.distributed.coordination import all_gather_results, broadcast_result
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 
@@ -30,7 +31,7 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
             raise _in_use(folder)
         return job
 
-    job = world.from_main("job", sign_first, timeout_s)
+    job = broadcast_result(world, "job", sign_first, timeout_s)
 
     def sign() -> None:
         if world.local_rank == 0 and not world.is_main:
@@ -45,8 +46,8 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
             raise _in_use(folder)
         return int(rank)
 
-    world.from_all("lock", sign, timeout_s)
-    return world.from_all("writer", read_writer, timeout_s)
+    all_gather_results(world, "lock", sign, timeout_s)
+    return all_gather_results(world, "writer", read_writer, timeout_s)
 
 
 def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:

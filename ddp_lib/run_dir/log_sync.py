@@ -6,7 +6,7 @@ beginning of its original: the longer of two is the newer.
 
 from pathlib import Path
 
-from ddp_lib.distributed.coordination import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir.checkpoint import write_atomic

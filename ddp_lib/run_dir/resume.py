@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ddp_lib.config import TrainConfig
-from ddp_lib.distributed.coordination import broadcast_bytes
-from ddp_lib.distributed.handshake import versions
+from ddp_lib.distributed.collectives import broadcast_bytes
+from ddp_lib.distributed.coordination import all_gather_results, broadcast_result
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir import checkpoint
@@ -72,7 +72,9 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
     with ExitStack() as stack:
         writers = lock_run_dir(folder, world, stack, timeout_s)
         is_writer = writers[world.rank] == world.rank
-        copies = [Copy(**copy) for copy in world.from_all("inspect", inspect_here, timeout_s)]
+        copies = [
+            Copy(**copy) for copy in all_gather_results(world, "inspect", inspect_here, timeout_s)
+        ]
         began = max(copy.began for copy in copies)
         if copies[world.rank].is_older_than(began):
             move_aside(folder, world, "of an earlier run than another machine's")
@@ -92,16 +94,16 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
             payload = broadcast_bytes(world, payload, source)
             resumed = checkpoint.from_bytes(payload)
         if finished is None:
-            began = began or world.from_main("began", time.time, timeout_s)
+            began = began or broadcast_result(world, "began", time.time, timeout_s)
 
             def write() -> None:
-                described = {**asdict(config), "versions": versions(), "began": began}
+                described = {**asdict(config), "versions": world.versions, "began": began}
                 text = json.dumps(described, indent=2) + "\n"
                 checkpoint.write_atomic(folder / CONFIG, text.encode())
                 if resumed and copies[world.rank].step < resumed["step"]:
                     checkpoint.save(folder, payload)
 
-            world.from_all("write", write if is_writer else lambda: None, timeout_s)
+            all_gather_results(world, "write", write if is_writer else lambda: None, timeout_s)
             if resumed:
                 whose = f", the checkpoint of {copies[source].host}" if source else ""
                 world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}{whose}")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lib.distributed.coordination import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
 
 # torch 2.15 renames it; 2.11 knows the old name only.

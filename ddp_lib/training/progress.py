@@ -67,9 +67,6 @@ class Progress:
                 f"loss {loss:.4f} ({images_per_s:,.0f} images/s)"
             )
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         if "bar" in vars(self) and self.bar is not None:
             self.bar.close()

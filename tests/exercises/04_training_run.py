@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from ddp_lib.distributed.coordination import broadcast_result
+
 
 def wrong_1_a(images, global_batch):
     return math.ceil(images / global_batch)  # counts the incomplete batch, which is dropped
@@ -35,4 +37,4 @@ def wrong_4_a(world, wants_to_stop):
 
 
 def wrong_4_b(world, wants_to_stop):
-    return world.from_main("stop", lambda: wants_to_stop, 10.0)  # rank 0's wish
+    return broadcast_result(world, "stop", lambda: wants_to_stop, 10.0)  # rank 0's wish

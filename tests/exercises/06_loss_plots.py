@@ -2,6 +2,7 @@
 
 import torch
 
+from ddp_lib.distributed.coordination import broadcast_result
 from ddp_lib.training.ddp import weights_sha256
 
 
@@ -26,7 +27,7 @@ def wrong_3_a(world, work_s):
 
 
 def wrong_3_b(world, work_s):
-    return world.from_main("slow", lambda: 0 if work_s > 0.5 else 1, 10.0)  # rank 0's guess
+    return broadcast_result(world, "slow", lambda: 0 if work_s > 0.5 else 1, 10.0)  # rank 0's guess
 
 
 def wrong_4_a(world, model):

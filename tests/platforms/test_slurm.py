@@ -81,7 +81,7 @@ def test_readmes_line_trains_on_two_nodes(submit, images_folder):
     words[small] = str(images_folder)
     job = submit(*words, "--epochs", "1")
     out = job.ends_as("COMPLETED")
-    assert "place from SLURM" in out and "requeued" not in out
+    assert "rank from SLURM" in out and "requeued" not in out
     summary = json.loads((job.run_dir / "summary.json").read_text())
     assert (summary["world_size"], len(set(summary["weights_sha256"]))) == (2, 1)
     assert (job.run_dir / "cifar_net.pth").exists()

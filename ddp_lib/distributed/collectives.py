@@ -1,0 +1,40 @@
+"""Bytes between ranks, as tensors over the process group: no pickle."""
+
+import torch
+import torch.distributed as dist
+
+from ddp_lib.distributed.world import World
+
+
+def broadcast_bytes(world: World, payload: bytes, source: int = 0) -> bytes:
+    """Rank `source`'s `payload`, on every rank; the others' argument is not looked at."""
+    if world.world_size == 1:
+        return payload
+    length = torch.tensor([len(payload)], device=world.device)
+    dist.broadcast(length, source)
+    data = torch.empty(int(length.item()), dtype=torch.uint8, device=world.device)
+    if world.rank == source and payload:
+        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    dist.broadcast(data, source)
+    return data.cpu().numpy().tobytes()
+
+
+def gather_bytes(world: World, payload: bytes) -> list[bytes]:
+    """On rank 0 every rank's `payload`, in rank order and of any lengths; on the others nothing."""
+    if world.world_size == 1:
+        return [payload]
+    mine = torch.tensor([len(payload)], device=world.device)
+    lengths = [torch.empty_like(mine) for _ in range(world.world_size)]
+    dist.all_gather(lengths, mine)
+    sizes = [int(length.item()) for length in lengths]
+    # A collective wants tensors of one size.
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=world.device)
+    if payload:
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    pieces = [torch.empty_like(padded) for _ in sizes] if world.is_main else None
+    if len(padded):
+        dist.gather(padded, pieces)
+    return [
+        piece[:size].cpu().numpy().tobytes()
+        for piece, size in zip(pieces or [], sizes, strict=False)
+    ]
