@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ddp_lib.errors import UserError
 
@@ -34,43 +33,12 @@ class RawDataset:
     test_labels: np.ndarray
 
 
-def load_or_make(
-    cache: Path,
-    made_from: str,
-    make: Callable[[], RawDataset],
-    timeout_s: float,
-    log: Callable[[str], None],
-) -> tuple[dict[str, torch.Tensor], Meta]:
-    """The four ARRAYS by name, as memory-mapped tensors; and classes, mean, std and digest by name.
-
-    `made_from` says what the folder `cache` must have been made from. If the cache is missing,
-    incomplete, or made from something else, one process calls `make` and the others wait for it, up
-    to `timeout_s` seconds. UserError if the disk cannot be written or the wait times out.
-    """
-    meta = read_meta(cache, made_from)
-    try:
-        if meta is None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with _cache_lock(cache, timeout_s, log):
-                meta = read_meta(cache, made_from)  # another process may have made it meanwhile
-                if meta is None:
-                    _write(cache, made_from, make())
-                    meta = read_meta(cache, made_from)
-                    assert meta is not None
-        # Mode "c" is copy on write: all processes share the pages, and torch does not warn about a
-        # read-only array.
-        arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the "
-            "disk, or give another --data-dir"
-        ) from None
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, meta
-
-
 @contextmanager
-def _cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the cache's file lock. The system releases it even if the process is killed."""
+def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the cache's file lock, which the system releases even if the process is killed.
+
+    UserError if another process holds it for more than `timeout_s` seconds.
+    """
     import filelock
 
     lock = filelock.FileLock(cache.with_name(f"{cache.name}.lock"))
@@ -91,20 +59,11 @@ def _cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> It
         lock.release()
 
 
-def read_meta(cache: Path, made_from: str) -> Meta | None:
-    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
-    try:
-        meta: Meta = json.loads((cache / META).read_text(encoding="utf-8"))
-        return meta if (meta["made_from"], meta["bytes"]) == (made_from, _sizes(cache)) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _sizes(folder: Path) -> dict[str, int]:
+def array_sizes(folder: Path) -> dict[str, int]:
     return {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
 
 
-def _write(cache: Path, made_from: str, raw: RawDataset) -> None:
+def write_cache(cache: Path, made_from: str, raw: RawDataset) -> None:
     """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache."""
     for unfinished in cache.parent.glob(f".{cache.name}.*"):  # left by a process that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -130,7 +89,7 @@ def _write(cache: Path, made_from: str, raw: RawDataset) -> None:
             "std": std,
             "digest": digest.hexdigest(),
             "made_from": made_from,
-            "bytes": _sizes(folder),
+            "bytes": array_sizes(folder),
         }
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         shutil.rmtree(cache, ignore_errors=True)  # damaged, or made from a source that has changed

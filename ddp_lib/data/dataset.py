@@ -1,16 +1,20 @@
 """Data sets as uint8 tensors, shared by a machine's ranks."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ddp_lib.data import shapes
-from ddp_lib.data.cache import RawDataset, load_or_make, read_meta
+from ddp_lib.data.cache import ARRAYS, META, RawDataset, cache_lock, write_cache
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
+from ddp_lib.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,27 @@ def load_dataset(
     """
     data_dir = Path(data_dir).expanduser()
     cache_name, made_from, make = _resolve_source(source, data_dir, download_timeout_s, log)
-    arrays, meta = load_or_make(data_dir / "cache" / cache_name, made_from, make, timeout_s, log)
+    cache = data_dir / "cache" / cache_name
+    meta = read_meta(cache, made_from)
+    try:
+        if meta is None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with cache_lock(cache, timeout_s, log):
+                meta = read_meta(cache, made_from)  # another process may have made it meanwhile
+                if meta is None:
+                    write_cache(cache, made_from, make())
+                    meta = read_meta(cache, made_from)
+                    assert meta is not None
+        # Mode "c" is copy on write: all processes share the pages, and torch does not warn about a
+        # read-only array.
+        arrays = {
+            name: torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS
+        }
+    except OSError as error:
+        raise UserError(
+            f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the "
+            "disk, or give another --data-dir"
+        ) from None
     return Dataset(
         name=source,
         classes=tuple(meta["classes"]),
@@ -84,6 +108,16 @@ def load_dataset(
         std=tuple(meta["std"]),
         digest=meta["digest"],
     )
+
+
+def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
+    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
+    try:
+        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
+        sizes = {name: (cache / f"{name}.npy").stat().st_size for name in ARRAYS}
+        return meta if (meta["made_from"], meta["bytes"]) == (made_from, sizes) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def digest_of(source: str, data_dir: str | Path = "data") -> str:

@@ -50,7 +50,7 @@ class Agent(LocalElasticAgent):
     """torch's agent, which says why it starts the ranks again, and leaves when another gave up."""
 
     began = False
-    peers: Peers
+    peers: Peers | None = None
     closed_s: float | None = None
 
     def _shutdown(
@@ -121,19 +121,20 @@ def run_agent(
     if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
         logging.disable(logging.ERROR)
     # As in the ranks: nohup's word stands.
-    heeded = ",".join(number.name for number in stop_signals())
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = heeded
+    names = ",".join(number.name for number in stop_signals())
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
     try:
         rendezvous = open_rendezvous(launch, join_timeout_s)
+        peers = rendezvous.peers
         try:
             return _run(rank, args, nproc, launch, rendezvous, join_timeout_s)
         except (SignalException, SystemExit):
-            if rendezvous.peers.seen:  # with this signal the note of another machine stops this one
-                return rendezvous.peers.seen[1]
+            if peers and peers.seen:  # by this signal another machine's end stops this one
+                return peers.seen[1]
             raise
         finally:
-            if rendezvous.hosts:
-                rendezvous.peers.wait_until_read()
+            if peers and rendezvous.hosts:
+                peers.wait_until_read()
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     finally:
@@ -168,61 +169,69 @@ def _run(
         number = status - 128 if status - 128 in stop_signals() else signal.SIGTERM
         os.kill(os.getpid(), number)
 
-    agent.peers = rendezvous.peers
-    rendezvous.peers.watch(stop)
+    agent.peers = peers = rendezvous.peers
+    if peers:
+        peers.watch(stop)
     try:
         try:
             result = agent.run()
         finally:
-            rendezvous.peers.stop_watching()  # it would hear this machine's own note
+            if peers:
+                peers.stop_watching()  # it would see this machine's own word
     except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
         if isinstance(stopped, SystemExit) and isinstance(stopped.code, int):
-            _publish_signal(rendezvous.peers, stopped.code)
+            _publish_signal(peers, stopped.code)
         raise
     except (RendezvousError, DistError) as error:
-        if rendezvous.peers.seen:
-            return rendezvous.peers.seen[1]
-        if end := rendezvous.peers.read_end():
+        if peers and peers.seen:
+            return peers.seen[1]
+        if peers and (end := peers.read_end()):
             print_error(end[0])
             return end[1]
-        where = (
-            "this machine"
-            if launch.endpoint is None
-            else join_host(launch.endpoint.host, launch.endpoint.port)
-        )
-        why = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        if agent.began:
-            raise UserError(
-                f"lost the agent at {where} {why}: see that machine's output; "
-                "the same command goes on from the last checkpoint"
-            ) from error
-        came = rendezvous.peers.arrived()
-        raise UserError(
-            f"the machines did not meet at {where} within {join_timeout_s:g} s: of {launch.nodes_text} "
-            f"came {len(came)}, {', '.join(machine['machine'] for machine in came)}; start the same command "
-            "on every machine; check --rdzv-endpoint, --nnodes and --join-timeout-s"
-        ) from error
+        raise _explain(error, agent.began, launch, peers, join_timeout_s) from error
     finally:
         with suppress(RendezvousError, DistError):
             rendezvous.handler.shutdown()
     if result is None or not result.is_failed():  # None: more machines came than --nnodes allows
         return 0
-    line, status = _agree_on_cause(result.failures, rendezvous.peers)
+    line, status = _agree_on_cause(result.failures, peers)
     print_error(line)
     return status
 
 
-def _publish_signal(peers: Peers, status: int) -> None:
+def _explain(
+    error: Exception, began: bool, launch: Launch, peers: Peers | None, join_timeout_s: float
+) -> UserError:
+    """What it means that torch's rendezvous failed."""
+    endpoint = launch.endpoint
+    where = "this machine" if endpoint is None else join_host(endpoint.host, endpoint.port)
+    if began:
+        return UserError(
+            f"lost the agent at {where} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): see that machine's output; "
+            "the same command goes on from the last checkpoint"
+        )
+    came = [machine["machine"] for machine in peers.arrived()] if peers else []
+    return UserError(
+        f"the machines did not meet at {where} within {join_timeout_s:g} s: of {launch.nodes_text} "
+        f"came {len(came)}, {', '.join(came)}; start the same command on every machine; check "
+        "--rdzv-endpoint, --nnodes and --join-timeout-s"
+    )
+
+
+def _publish_signal(peers: Peers | None, status: int) -> None:
+    if peers is None:
+        return
     peers.stop_watching()  # it would see this machine's own word
     if not peers.seen:
         name = signal.Signals(status - 128).name
         peers.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
 
 
-def _agree_on_cause(failures: dict[int, ProcessFailure], peers: Peers) -> tuple[str, int]:
+def _agree_on_cause(failures: dict[int, ProcessFailure], peers: Peers | None) -> tuple[str, int]:
     """The line that names the cause, of all machines, and the exit status."""
     failure = cause_of(failures)
-    if not peers.fixed:
+    if peers is None or not peers.fixed:
         return failure.line, failure.status
     if not failure.consequence:
         return peers.publish_end(failure.line, failure.status)

@@ -40,7 +40,7 @@ class Rendezvous:
     handler: DynamicRendezvousHandler
     master: str
     hosts: bool
-    peers: Peers
+    peers: Peers | None
 
 
 def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
@@ -78,17 +78,18 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
             timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)
         ),
     )
-    peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address)
+    peers = None
     if several:
+        peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address)
         peers.announce()
     return Rendezvous(handler, _master(endpoint, address, here), hosts, peers)
 
 
 def _master(endpoint: Endpoint, address: str, here: bool) -> str:
     """What MASTER_ADDR is to be for the ranks of this machine."""
-    found = meanings(endpoint, False)
-    outward = [one for one in found if not is_loopback(one)]
-    guessed = found != resolve(endpoint.host, endpoint.port)
+    addresses = meanings(endpoint, False)
+    outward = [address for address in addresses if not is_loopback(address)]
+    guessed = addresses != resolve(endpoint.host, endpoint.port)
     if here and guessed and len(outward) == 1:
         return address
     return endpoint.host

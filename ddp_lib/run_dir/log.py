@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _WHOLE = ("rank", "start", "epoch", "step", "samples")
 _REAL = ("loss", "lr", "data_s", "compute_s", "step_s", "time")
+# Of a log in a folder: its rank, how often it was started, its bytes. A list, as it travels as JSON.
+LogSize = list[int]
 _IN_STEP_LINE = frozenset(_WHOLE[2:] + _REAL)
 
 
@@ -128,6 +130,14 @@ def logs_in(folder: str | Path) -> dict[int, Path]:
     matches = (re.fullmatch(r"rank(\d+)\.jsonl", path.name) for path in Path(folder).glob("rank*"))
     ranks = sorted(int(match[1]) for match in matches if match)
     return {rank: log_path(folder, rank) for rank in ranks}
+
+
+def log_sizes(folder: Path) -> list[LogSize]:
+    """What the logs in `folder` hold, to be compared with other machines'."""
+    return [
+        [rank, path.read_bytes().count(b'"event": "start"'), path.stat().st_size]
+        for rank, path in logs_in(folder).items()
+    ]
 
 
 def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:

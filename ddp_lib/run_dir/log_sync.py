@@ -10,18 +10,7 @@ from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir.checkpoint import write_atomic
-from ddp_lib.run_dir.log import log_path, logs_in
-
-# Of a log in a folder: its rank, how often it was started, its bytes. A list, as it travels as JSON.
-LogSize = list[int]
-
-
-def log_sizes(folder: Path) -> list[LogSize]:
-    """What the logs in `folder` hold, to be compared with other machines'."""
-    return [
-        [rank, path.read_bytes().count(b'"event": "start"'), path.stat().st_size]
-        for rank, path in logs_in(folder).items()
-    ]
+from ddp_lib.run_dir.log import LogSize, log_path
 
 
 def copy_newest_logs(

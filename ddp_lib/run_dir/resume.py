@@ -1,4 +1,4 @@
-"""A run's folder: opened for one job, resumed from the newest checkpoint, and what it ends with.
+"""A run's folder: locked for one job, resumed from the newest checkpoint, and what it ends with.
 
 Machines that share no disk each keep a copy. The newest whole checkpoint counts, wherever it lies, and
 its holder sends it to all: rank 0 may have moved to another machine.
@@ -9,12 +9,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from filelock import FileLock, Timeout
 
 from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.collectives import broadcast_bytes
@@ -22,13 +24,14 @@ from ddp_lib.distributed.coordination import all_gather_results, broadcast_resul
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir import checkpoint
-from ddp_lib.run_dir.lock import lock_run_dir
-from ddp_lib.run_dir.log_sync import LogSize, LogSync, copy_newest_logs, log_sizes
+from ddp_lib.run_dir.log import LogSize, log_sizes
+from ddp_lib.run_dir.log_sync import LogSync, copy_newest_logs
 
 CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 CONFIG = "config.json"
 SUMMARY = "summary.json"
 WEIGHTS = "cifar_net.pth"
+SIGNATURE = ".job"  # of the job that has the folder, and of the rank that writes there
 
 
 @dataclass(frozen=True)
@@ -212,3 +215,75 @@ def _read_began(folder: Path) -> float:
         return float(json.loads((folder / CONFIG).read_text())["began"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
+
+
+def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> list[int]:
+    """Locks `folder` for this job until `stack` closes; returns each rank's writer.
+
+    The writer of a rank is the rank that writes the checkpoint into the folder that both see. Finds out
+    which machines share a disk: rank 0, and then the first rank of every machine, tries to lock the
+    folder; who gets the lock signs a file in it; and all who read the same signature share that folder.
+    So it also holds if a file system's locks reach no further than one machine: the last signature
+    counts.
+
+    UserError, on every rank, if another job has the folder on any machine, or if it is not writable.
+    """
+
+    def sign_first() -> str:
+        job = uuid4().hex
+        if not _try_lock(folder, stack, f"{job} 0"):
+            raise _in_use(folder)
+        return job
+
+    job = broadcast_result(world, "job", sign_first, timeout_s)
+
+    def sign() -> None:
+        if world.local_rank == 0 and not world.is_main:
+            _try_lock(folder, stack, f"{job} {world.rank}")
+
+    def read_writer() -> int:
+        try:
+            signed_by, _, rank = (folder / SIGNATURE).read_text().partition(" ")
+        except OSError:
+            raise _in_use(folder) from None
+        if signed_by != job:
+            raise _in_use(folder)
+        return int(rank)
+
+    all_gather_results(world, "lock", sign, timeout_s)
+    return all_gather_results(world, "writer", read_writer, timeout_s)
+
+
+def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
+    """Whether this process now has the folder, made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--run-dir {str(folder)!r} cannot be made ({error.strerror}): name a folder that this "
+            "user can write"
+        ) from None
+    try:
+        stack.enter_context(FileLock(folder / ".lock", timeout=0))
+        path = folder / SIGNATURE
+        path.write_text(signature)
+        stack.callback(_remove, path)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"--run-dir {str(folder)!r} cannot be written ({error.strerror}): free the disk, or name "
+            "a folder that this user can write"
+        ) from None
+    return True
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # a disk that is read-only by now; the next job writes over it
+        path.unlink()
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(
+        f"--run-dir {str(folder)!r} is in use by another job: wait for it, or name another folder"
+    )
