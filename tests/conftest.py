@@ -1,12 +1,9 @@
 """Fixtures that several test modules share."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 CLASSES = ("ant", "bee", "cat")
 TRAIN, TEST = 630, 131  # three global batches of 210, and a test set no number of ranks divides

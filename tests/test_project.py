@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import ddp_lib
+from tests.lab.project import ROOT, make_targets
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ddp_lib"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -185,11 +185,6 @@ def test_continuous_integration_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1] == "make test"
-
-
-def make_targets() -> set[str]:
-    text = (ROOT / "Makefile").read_text()
-    return set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split())
 
 
 def test_make_help_lists_every_target():

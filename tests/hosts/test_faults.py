@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from damage import FAULTS, make_images, unbroken
+
+from tests.lab.damage import FAULTS, make_images, unbroken
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
-from machines import Lab
+
+from tests.lab.machines import Lab
+from tests.lab.project import ROOT
 
 LIMIT_S = 30
 ECHO = """
@@ -110,9 +111,9 @@ def test_nothing_is_left_of_a_killed_test_run(tmp_path):
     """The kernel removes machines and programs with the process that made them."""
     code = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from machines import Lab
+from tests.lab.machines import Lab
 with Lab(2, Path({str(tmp_path)!r})) as lab:
     program = lab.machines[1].start(["sh", "-c", "setsid sleep 1000 & echo up; wait"])
     program.wait_for("up", {LIMIT_S})

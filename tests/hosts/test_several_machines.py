@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.project import ROOT
+
 LIMIT_S = 300  # for what takes seconds on an idle machine
 ENDPOINT = "10.77.0.10:29500"
 LOSS = r"epoch \d/2 batch \d+/3 loss \d"
@@ -126,7 +128,7 @@ def test_the_dry_run_is_a_torchrun_command_that_trains(make_lab, train, tiny):
         assert shown.wait(LIMIT_S) == 0
         assert "torchrun" in shown.output and "GLOO_SOCKET_IFNAME=eth0" in shown.output
         line = ["sh", "-c", shown.output]
-        programs.append(machine.start(line, cwd=Path(__file__).parents[1], PATH=path))
+        programs.append(machine.start(line, cwd=ROOT, PATH=path))
     end_well(programs, machines)
 
 
@@ -195,7 +197,7 @@ def test_a_difference_is_refused_by_machine_and_field(make_lab, train, tiny, tmp
     else:
         four = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "m0", "MASTER_PORT": "29500"}
         command = ["python", "-c", DIFFERENT_TORCH, *tiny]
-        programs.append(worker.start(command, cwd=Path(__file__).parents[1], **four))
+        programs.append(worker.start(command, cwd=ROOT, **four))
         named = "torch is '2.0.1' for rank 1 on m1, but"
     for program in programs:
         assert program.wait(LIMIT_S) == 2, program.output

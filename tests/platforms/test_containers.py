@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import containers
-import machines
 import pytest
-import readme
 import yaml
-from containers import IMAGE, ROOT
-from machines import Lab
+
+from tests.lab import containers, machines, readme
+from tests.lab.containers import IMAGE, ROOT
+from tests.lab.machines import Lab
 
 LIMIT_S = 600  # for what takes seconds on a free machine
 COMPOSE = ROOT / "deploy" / "compose.yaml"

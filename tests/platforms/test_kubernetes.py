@@ -5,15 +5,15 @@ import json
 import re
 from pathlib import Path
 
-import machines
-import manifests
 import pytest
-import readme
-from machines import Lab
-from manifests import Manifest, Pod
 
-HERE = Path(__file__).parent
-FOLDER = HERE.parents[1] / "deploy" / "kubernetes"
+from tests.lab import machines, manifests, readme
+from tests.lab.machines import Lab
+from tests.lab.manifests import Manifest, Pod
+from tests.lab.project import ROOT
+
+LATE_DNS = str(ROOT / "tests" / "lab" / "late_dns.py")
+FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))
 LIMIT_S = 600  # for what takes seconds on a free machine
 SERVER_ADDRESS = "127.0.0.1"
@@ -133,7 +133,7 @@ def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[machines.Pr
         for pod, machine in zip(pods, lab.machines, strict=True):
             machine.write_hosts({pod.name: machine.address})  # as the kubelet does
             machine.run(["mount", "--bind", str(resolv), "/etc/resolv.conf"])
-            servers.append(machine.start(["python", str(HERE / "late_dns.py"), "3", *records]))
+            servers.append(machine.start(["python", LATE_DNS, "3", *records]))
             servers[-1].wait_for("serves", LIMIT_S)
         for pod, machine in zip(pods, lab.machines, strict=True):
             programs.append(machine.start([*pod.command, *more], **pod.environment))

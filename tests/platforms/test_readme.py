@@ -3,10 +3,10 @@
 import json
 import shlex
 
-import machines
 import pytest
-import readme
-from machines import Lab
+
+from tests.lab import machines, readme
+from tests.lab.machines import Lab
 
 SECTIONS = ("By container", "By torchrun", "By SLURM", "By Kubernetes")
 ENDPOINT = "192.168.1.10:29500"

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import machines
 import psutil
 import pytest
-import readme
-import slurm
-from machines import Lab
-from slurm import Slurm, wait_for_text
+
+from tests.lab import machines, readme, slurm
+from tests.lab.machines import Lab
+from tests.lab.slurm import Slurm, wait_for_text
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "deploy/slurm/train.sbatch"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from machines import Lab, Machine, Program
 
 from ddp_lib import read_run
 from ddp_lib.run_dir.log import read_events
+from tests.lab.machines import Lab, Machine, Program
+from tests.lab.project import ROOT
 
-TESTS = Path(__file__).parents[1]
 LIMIT_S = 600  # for what takes some ten seconds on an idle computer
 CLASSES, TRAIN, TEST, GLOBAL_BATCH = ("ant", "bee", "cat"), 315, 63, 52
 EPOCHS, STEPS_PER_EPOCH, GATE = 4, TRAIN // GLOBAL_BATCH, 14  # two steps into the third epoch
@@ -69,7 +69,7 @@ class Training:
         self.environment["OMP_NUM_THREADS"] = "1"  # the machines share this computer's cores
         self.flags = [
             *flags, "--nproc-per-node", "1", "--data", str(images),
-            "--data-dir", str(images.parent / "decoded"), "--model", "models:Gated",
+            "--data-dir", str(images.parent / "decoded"), "--model", "tests.lab.models:Gated",
             "--epochs", str(EPOCHS), "--global-batch-size", str(GLOBAL_BATCH), "--lr", "0.05",
             "--precision", "fp32", "--checkpoint-every-s", "1000",
         ]  # fmt: skip
@@ -88,7 +88,7 @@ class Training:
         for machine in machines:
             here = ["--run-dir", str(self.disk(machine))]
             command = ["ddp-launch", "train", *meet, *here, *self.flags]
-            started.append(machine.start(command, cwd=TESTS, **self.environment))
+            started.append(machine.start(command, cwd=ROOT, **self.environment))
         self.programs += started
         return started
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from machines import Lab, Machine, Program
+from tests.lab.machines import Lab, Machine, Program
 
 LIMIT_S = 120
 ENDS = "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL".split()

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_project import make_targets
 
-ROOT = Path(__file__).parent.parent
+from tests.lab.project import make_targets
+
+ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 

@@ -7,6 +7,7 @@ import torch
 
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir import checkpoint
+from tests.lab.files import flip_a_bit
 
 
 def state(step: int) -> dict:
@@ -32,12 +33,6 @@ def test_newest_is_found_and_its_predecessor_kept(tmp_path):
         save(tmp_path, step)
     assert found_step(tmp_path) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME]
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 def truncate(path):

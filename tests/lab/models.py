@@ -1,4 +1,4 @@
-"""Models that tests name with --model models:NAME."""
+"""Models that tests name with --model tests.lab.models:NAME."""
 
 import os
 import signal

@@ -17,7 +17,7 @@ import pytest
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.signals import StopSignal, signals_to_heed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 TRAIN = (sys.executable, "-m", "ddp_lib.launch", "train")
 LIMIT_S = 60  # for what takes seconds on an idle machine; torch's agent alone imports for two
@@ -27,7 +27,7 @@ AGENT = """
 import sys
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.exit_status import as_exit_status
-from tests.rank_script import run
+from tests.lab.rank_script import run
 launch._LIMIT_S = float(sys.argv[1])
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
 with as_exit_status() as outcome:
@@ -699,7 +699,7 @@ def test_a_training_is_stopped_resumed_and_finished(started, images_folder, shar
     command = [
         *TRAIN, "--nproc-per-node", "2", "--run-dir", str(folder),
         "--data", str(images_folder), "--data-dir", shared_cache,
-        "--model", "models:Plain", "--global-batch-size", "210", "--epochs",
+        "--model", "tests.lab.models:Plain", "--global-batch-size", "210", "--epochs",
     ]  # fmt: skip
 
     def train(epochs: int) -> "subprocess.Popen[str]":
@@ -708,7 +708,7 @@ def test_a_training_is_stopped_resumed_and_finished(started, images_folder, shar
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT / "tests",
+            cwd=ROOT,
             env=clean_environment(),
         )
         started.append(process)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,60 +12,13 @@ import torch
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
 from ddp_lib.run_dir import checkpoint
+from tests.lab.project import ROOT
+from tests.lab.runs import LIMIT_S, config, train
 
 pytestmark = pytest.mark.ranks
 
-LIMIT_S = 120
 
-
-def config(folder, images, cache, **changes) -> TrainConfig:
-    settings = {
-        "data": str(images),
-        "data_dir": cache,
-        "run_dir": str(folder),
-        "epochs": 2,
-        "global_batch_size": 210,
-        "lr": 0.05,
-        "model": "models:Plain",
-        "precision": "fp32",
-        "checkpoint_every_s": 1e6,
-    }
-    return TrainConfig(**(settings | changes))
-
-
-def train(
-    settings: TrainConfig, die_at: int = -1, lose_optimizer: bool = False, behind: int = 0
-) -> dict:
-    """One rank's training; it kills itself in the middle of step `die_at`. behind: how many steps
-    the host reads behind the device, which is 1 on a GPU."""
-    from ddp_lib import World, fit
-    from ddp_lib.train import Trainer
-    from ddp_lib.training.metrics import Steps
-
-    Steps.behind = behind
-
-    real_step, real_restore = Trainer.forward_backward, Trainer.restore
-
-    def step(self, x, y):
-        result = real_step(self, x, y)
-        if self.step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    def restore(self, state):
-        if lose_optimizer and state is not None:
-            state = dict(state)
-            state["optimizer"] = dict(state["optimizer"], state={})
-        real_restore(self, state)
-
-    Trainer.forward_backward, Trainer.restore = step, restore
-    with World.join() as world:
-        summary = fit(settings, world)
-        assert world.rank == int(os.environ.get("RANK", "0"))
-    return summary
-
-
-@pytest.mark.parametrize("model", ["models:Lively"])
+@pytest.mark.parametrize("model", ["tests.lab.models:Lively"])
 def test_same_images_on_any_number_of_ranks(tmp_path, images_folder, shared_cache, model):
     seen = {}
     for ranks in (1, 2, 3, 7):
@@ -101,7 +53,7 @@ def count_right(weights: str, images: str, cache: str, model: str) -> tuple[int,
     return result.correct, result.images
 
 
-@pytest.mark.parametrize("model", ["models:Lively", "ddp_lib.model:SimpleModel"])
+@pytest.mark.parametrize("model", ["tests.lab.models:Lively", "ddp_lib.model:SimpleModel"])
 def test_one_checkpoint_counts_the_same_on_any_number_of_ranks(
     tmp_path, images_folder, shared_cache, model
 ):
@@ -162,7 +114,9 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
 def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, behind):
     """Also where the second reads its losses a step behind, as on a GPU."""
     for name, how in (("a", 0), ("b", behind)):
-        settings = config(tmp_path / name, images_folder, shared_cache, model="models:Lively")
+        settings = config(
+            tmp_path / name, images_folder, shared_cache, model="tests.lab.models:Lively"
+        )
         run_ranks(train, 2, settings, -1, False, how, timeout_s=LIMIT_S)
     first, second = ((tmp_path / n / "cifar_net.pth").read_bytes() for n in ("a", "b"))
     assert first == second
@@ -194,7 +148,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
             images_folder,
             shared_cache,
             epochs=6,
-            model="models:Lively",
+            model="tests.lab.models:Lively",
             global_batch_size=208,
         )
 
@@ -218,7 +172,7 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
             tmp_path / name,
             images_folder,
             shared_cache,
-            model="models:Lively",
+            model="tests.lab.models:Lively",
             checkpoint_every_s=1e-9,
         )
         if die_at >= 0:
@@ -234,7 +188,7 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
 @pytest.mark.parametrize("behind", [0, 1])
 def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shared_cache, behind):
     """Before the next checkpoint, so that the last one stands."""
-    changes = {"model": "models:Explodes", "checkpoint_every_s": 1e-9}
+    changes = {"model": "tests.lab.models:Explodes", "checkpoint_every_s": 1e-9}
     settings = config(tmp_path, images_folder, shared_cache, **changes)
     with pytest.raises(RankError, match="loss of rank 1 is not finite at step 2"):
         run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
@@ -247,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shar
 def test_a_compiled_model_trains_alike_or_says_what_is_missing(
     tmp_path, images_folder, shared_cache, compiler
 ):
-    flags = f"--data {images_folder} --data-dir {shared_cache} --model models:Plain --epochs 1"
+    flags = f"--data {images_folder} --data-dir {shared_cache} --model tests.lab.models:Plain --epochs 1"
     flags += " --global-batch-size 210 --precision fp64"
     environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     if compiler:
@@ -261,7 +215,7 @@ def test_a_compiled_model_trains_alike_or_says_what_is_missing(
         done = subprocess.run(
             command,
             env=environ,
-            cwd=Path(__file__).parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=400,
@@ -297,10 +251,10 @@ def test_finished_then_more_epochs(tmp_path, images_folder, shared_cache):
         ({"run_dir": "new", "resume": "must"}, "holds no checkpoint"),
         ({"run_dir": "new", "global_batch_size": 211}, "211 does not divide by 2 ranks"),
         ({"run_dir": "new", "global_batch_size": 1000}, "630"),
-        ({"run_dir": "new", "model": "models:nothing"}, "models:nothing"),
+        ({"run_dir": "new", "model": "tests.lab.models:nothing"}, "tests.lab.models:nothing"),
         ({"run_dir": "new", "model": "no_such_module:Net"}, "no_such_module"),
-        ({"run_dir": "new", "model": "models:needs_an_argument"}, "num_classes"),
-        ({"run_dir": "new", "model": "models:not_a_model"}, "torch.nn.Module"),
+        ({"run_dir": "new", "model": "tests.lab.models:needs_an_argument"}, "num_classes"),
+        ({"run_dir": "new", "model": "tests.lab.models:not_a_model"}, "torch.nn.Module"),
         ({"run_dir": "new", "init_from": "none.pth"}, "none.pth"),
     ],
 )

@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 import pytest
 from nbval.plugin import get_sanitize_patterns
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SANITIZER = ROOT / "notebooks" / "nbval_sanitize.cfg"
-WRONG_ANSWERS = ROOT / "tests" / "exercises"
-RUNNER = ROOT / "tests" / "run_exercises.py"
+WRONG_ANSWERS = ROOT / "tests" / "course" / "exercises"
+RUNNER = ROOT / "tests" / "lab" / "run_exercises.py"
 
 LONGEST_CELL = 25  # lines; a list of imported names, one per line, counts once
 UNCOMPARED = ("nbval-ignore-output", "nbval-skip")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import flip_a_bit
-from test_train import LIMIT_S, config, train
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
 from ddp_lib.run_dir import checkpoint
 from ddp_lib.run_dir.log import read_events
+from tests.lab.files import flip_a_bit
+from tests.lab.runs import LIMIT_S, config, train
 
 pytestmark = pytest.mark.ranks
 
@@ -39,7 +39,7 @@ class Machines:
             images,
             cache,
             epochs=EPOCHS,
-            model="models:Lively",
+            model="tests.lab.models:Lively",
             global_batch_size=204,
         )
         self.disks = [tmp_path / name for name in "abc"]
