@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -17,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.lab.ports import free_port
+from tests.lab.project import ROOT
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 # For a page to load or a kernel to start, and for a whole notebook to run, on a slow machine.
 START_S, RUN_S = 120, 480
@@ -76,8 +77,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         file = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     # A home of its own: nothing of this machine's user changes what is seen, or is changed.
     env = os.environ | {
         "HOME": str(tmp_path),

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.lab.machines import Lab, Machine, Program, missing
+from tests.lab.machines import Lab, Machine
+from tests.lab.namespaces import missing
+from tests.lab.program import Program
 from tests.lab.project import ROOT
 
 PORT = 29500
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     lacks = missing() if here else ""

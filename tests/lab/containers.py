@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.lab.project import ROOT
+
 IMAGE = "localhost/ddp-training:latest"
 BASE = "localhost/ddp-training-base:latest"
 # What the Dockerfile's own base is: Debian bookworm with its Python.

@@ -8,7 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.lab.machines import Lab, Machine, Program
+from tests.lab.machines import Lab, Machine
+from tests.lab.program import Program
 
 LIMIT_S = 120
 ENDS = "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL".split()

@@ -6,7 +6,6 @@ import pty
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,16 +18,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lab import containers, machines, readme
-from tests.lab.containers import IMAGE, ROOT
+from tests.lab import containers, namespaces, readme
+from tests.lab.containers import IMAGE
 from tests.lab.machines import Lab
+from tests.lab.ports import free_port
+from tests.lab.project import ROOT
 
 LIMIT_S = 600  # for what takes seconds on a free machine
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 README_MASTER = "192.168.1.10"
 OWNER = 4321  # of the mounted folders: a number that the image does not know
 
-lacks = machines.missing() or containers.missing()
+lacks = namespaces.missing() or containers.missing()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def run(*words: str) -> "subprocess.CompletedProcess[str]":
 # The files
 
 
+@pytest.mark.process
 def test_composes_file_is_valid_and_a_changed_name_is_seen(tmp_path):
     def status(text: str) -> int:
         path = tmp_path / "compose.yaml"
@@ -119,6 +121,7 @@ def test_compose_and_readme_start_the_same_run():
 
 
 @pytest.mark.platforms
+@pytest.mark.xdist_group("containers")  # the image is built once
 @pytest.mark.skipif(bool(lacks), reason=lacks)
 class TestImage:
     def test_readme_builds_what_is_tested(self, podman):
@@ -255,12 +258,6 @@ def wait_for_log(name: str, pattern: str) -> None:
     while not re.search(pattern, text := logs(name)):
         assert time.monotonic() < deadline, text
         time.sleep(0.5)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_open(port: int) -> None:

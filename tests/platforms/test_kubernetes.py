@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import machines, manifests, readme
+from tests.lab import manifests, namespaces, readme
 from tests.lab.machines import Lab
 from tests.lab.manifests import Manifest, Pod
+from tests.lab.program import Program
 from tests.lab.project import ROOT
 
 LATE_DNS = str(ROOT / "tests" / "lab" / "late_dns.py")
@@ -19,7 +20,7 @@ LIMIT_S = 600  # for what takes seconds on a free machine
 SERVER_ADDRESS = "127.0.0.1"
 DOMAIN = "default.svc.cluster.local"
 
-lacks = machines.missing()
+lacks = namespaces.missing()
 
 
 def on_machines(test):
@@ -117,7 +118,7 @@ def pod_specs(node: object) -> list[Manifest]:
 # The pods
 
 
-def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[machines.Program]:
+def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[Program]:
     """Runs each pod's command, with `more` words, on a machine of its name; names resolve late."""
     with Lab(len(pods), folder, names=[pod.name for pod in pods]) as lab:
         records = [

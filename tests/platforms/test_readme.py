@@ -5,14 +5,14 @@ import shlex
 
 import pytest
 
-from tests.lab import machines, readme
+from tests.lab import namespaces, readme
 from tests.lab.machines import Lab
 
 SECTIONS = ("By container", "By torchrun", "By SLURM", "By Kubernetes")
 ENDPOINT = "192.168.1.10:29500"
 LIMIT_S = 600  # for what takes seconds on a free machine
 
-lacks = machines.missing()
+lacks = namespaces.missing()
 
 
 @pytest.mark.parametrize("heading", SECTIONS)

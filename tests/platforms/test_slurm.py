@@ -11,16 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.lab import machines, readme, slurm
-from tests.lab.machines import Lab
+from tests.lab import namespaces, readme, slurm
+from tests.lab.machines import Lab, Machine
+from tests.lab.project import ROOT
 from tests.lab.slurm import Slurm, wait_for_text
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = "deploy/slurm/train.sbatch"
 LIMIT_S = 600  # for what takes seconds on a free machine
 
-lacks = machines.missing() or slurm.missing()
-pytestmark = [pytest.mark.platforms, pytest.mark.skipif(bool(lacks), reason=lacks)]
+lacks = namespaces.missing() or slurm.missing()
+pytestmark = [
+    pytest.mark.platforms,
+    pytest.mark.skipif(bool(lacks), reason=lacks),
+    pytest.mark.xdist_group("slurm"),  # one cluster, and one job after the other
+]
 
 # A run that goes on until it is stopped, and writes a checkpoint at every chance.
 LONG = "--epochs 5000 --checkpoint-every-s 0.1".split()
@@ -69,7 +73,7 @@ def submit(cluster: Slurm, tmp_path: Path, images_folder: Path, shared_cache: st
         cluster.run("scancel", "--quiet", job.number)
 
 
-def ranks_on(machine: machines.Machine) -> list[psutil.Process]:
+def ranks_on(machine: Machine) -> list[psutil.Process]:
     return [p for p in machine.processes() if "--run-dir" in p.cmdline() and "srun" not in p.name()]
 
 

@@ -138,6 +138,7 @@ def test_ranks_differ_with_and_without_colour():
     assert len({rank_style(rank)[0] for rank in range(6)}) == 6
 
 
+@pytest.mark.process
 def test_pyplot_stays_out(tmp_path):
     write_run(tmp_path)
     code = (

@@ -69,11 +69,13 @@ def machines(tmp_path, images_folder, shared_cache) -> Machines:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, images_folder, shared_cache) -> bytes:
+def unbroken(once, images_folder, shared_cache) -> bytes:
     """The weights that two ranks end with when nothing happens."""
-    machines = Machines(tmp_path_factory.mktemp("unbroken"), images_folder, shared_cache)
-    machines.run(0, 1)
-    return machines.weights(0)
+    folder = once(
+        "disks-unbroken",
+        lambda folder: Machines(folder, images_folder, shared_cache).run(0, 1),
+    )
+    return Machines(folder, images_folder, shared_cache).weights(0)
 
 
 def whole(folder: Path, ranks: int = 2) -> None:

@@ -1,22 +1,16 @@
-"""README, CONTRIBUTING and the notebooks' text: what they name is there."""
+"""The commands and flags that README, CONTRIBUTING and the notebooks name exist."""
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-from tests.lab.project import make_targets
-
-ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
-each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+from tests.lab.pages import code_in, each_page, page_text
+from tests.lab.project import ROOT, make_targets
 
 # Of tools that a machine without them must still be able to check: what the pages use of each.
 FOREIGN_FLAGS = {
@@ -44,66 +38,6 @@ FOREIGN_FLAGS = {
     "sysctl": set(),
     "taskset": set(),
 }
-
-
-def page_text(path: Path) -> str:
-    if path.suffix != ".ipynb":
-        return path.read_text()
-    cells = json.loads(path.read_text())["cells"]
-    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-
-
-# Links
-
-
-def anchors(path: Path) -> set[str]:
-    """The ids that headings get: on GitHub for a page, in JupyterLab for a notebook."""
-    text = re.sub(r"^```.*?^```", "", page_text(path), flags=re.M | re.S)
-    heads = [head.replace("`", "").strip() for head in re.findall(r"^#+ (.+)$", text, re.M)]
-    if path.suffix == ".ipynb":
-        return {head.replace(" ", "-") for head in heads}
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def dead_links(path: Path) -> list[str]:
-    dead = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page_text(path)):
-        if re.match(r"[a-z]+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        there = path.parent / file if file else path
-        if not there.exists() or (anchor and anchor not in anchors(there)):
-            dead.append(target)
-    return dead
-
-
-@each_page
-def test_links_lead_somewhere(path):
-    assert dead_links(path) == []
-
-
-def test_a_dead_link_is_seen(tmp_path):
-    notebook = {"cells": [{"cell_type": "markdown", "source": ["## Why `x` is late"]}]}
-    (tmp_path / "there.ipynb").write_text(json.dumps(notebook))
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# All of it!\n[a](#all-of-it) [b](there.ipynb#Why-x-is-late) [c](https://x.org)\n"
-        "[d](#all) [e](there.ipynb#Why) [f](gone.md)\n```\n# all\n```\n"
-    )
-    assert dead_links(page) == ["#all", "there.ipynb#Why", "gone.md"]
-
-
-# Commands and their flags
-
-
-def code_in(text: str) -> list[str]:
-    """Lines of code blocks, those that end in a backslash joined, and pieces `between backticks`."""
-    fenced = r"^ *```[^\n]*\n(.*?)^ *```"
-    blocks = re.findall(fenced, text, re.M | re.S)
-    rest = re.sub(fenced, "", text, flags=re.M | re.S)
-    indented = re.findall(r"^    (\S[^\n]*)$", rest, re.M)
-    lines = [line for b in blocks for line in re.sub(r"\\\n\s*", "", b).splitlines()]
-    return lines + indented + re.findall(r"`([^`\n]+)`", rest)
 
 
 @cache
@@ -178,12 +112,14 @@ def unknown_flags(command: str, words: list[str]) -> list[str]:
     return [f"{command} {flag}" for flag in flags_in(words) - known - {"--help"}]
 
 
+@pytest.mark.process
 @each_page
 def test_named_commands_and_flags_exist(path):
     unknown = [found for line in code_in(page_text(path)) for found in unknown_in(line)]
     assert unknown == []
 
 
+@pytest.mark.process
 @each_page
 def test_flags_named_alone_exist(path):
     """`--flag` between backticks, without its command."""
@@ -197,6 +133,7 @@ def test_flags_named_alone_exist(path):
     assert named <= known
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("line", "unknown"),
     [
@@ -215,44 +152,3 @@ def test_flags_named_alone_exist(path):
 )
 def test_an_unknown_command_or_flag_is_seen(line, unknown):
     assert unknown_in(line) == unknown
-
-
-# Files and names
-
-
-@each_page
-def test_named_files_exist(path):
-    """Paths that start with a folder of the project, and its top-level files."""
-    ours = r"(?:ddp_lib|tests|notebooks|benchmarks|deploy|docs|\.ci)/[\w./-]*"
-    top = r"(?:Makefile|Dockerfile|LICENSE|[\w-]+\.(?:md|toml|yml|txt))"
-    for code in code_in(page_text(path)):
-        if re.fullmatch(top, code):
-            assert (ROOT / code).exists(), code
-        for named in re.findall(rf"(?<![\w./~-]){ours}", code):
-            assert (ROOT / named.rstrip(".")).exists(), code
-
-
-@each_page
-def test_named_modules_and_functions_exist(path):
-    """`ddp_lib.load_dataset`, `torch.distributed.all_reduce` and the like."""
-    for code in code_in(page_text(path)):
-        if re.fullmatch(r"(?:ddp_lib|torch)(?:\.[A-Za-z_]\w*)+(?:\(.*\))?", code):
-            assert resolves(code.partition("(")[0]), code
-
-
-def resolves(name: str) -> bool:
-    module, *rest = name.split(".")
-    found = import_module(module)
-    for part in rest:
-        if not hasattr(found, part):
-            try:
-                import_module(f"{found.__name__}.{part}")
-            except (AttributeError, ImportError):
-                return False
-        found = getattr(found, part)
-    return True
-
-
-def test_a_name_that_is_gone_is_seen():
-    assert resolves("ddp_lib.data.dataset.load_dataset") and resolves("torch.nn.Linear")
-    assert not resolves("ddp_lib.data.dataset.gone") and not resolves("torch.gone.Linear")
