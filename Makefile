@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 3
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 # Several tests at once; tests/conftest.py says how many, and which start first.
-PARALLEL := --dist loadgroup --no-loadscope-reorder
+PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test notebooks lint format lab bench bench-full lock clean

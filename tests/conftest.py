@@ -13,7 +13,7 @@ import pytest
 
 from tests.lab.images import write_images
 from tests.lab.once import Once
-from tests.lab.processes import LIMIT_S
+from tests.lab.processes import TIMEOUT_S
 
 # Several tests at once (pytest -n auto): most wait, for timeouts, for processes that start, for each
 # other's ranks. So there are more workers than cores.
@@ -24,14 +24,31 @@ LONGEST_FIRST = """
     course/test_exercises.py notebooks/ hosts/test_faults.py course/test_sanitizer.py training/
     hosts/ platforms/ distributed/ launch/ notebook/ run_dir/
 """.split()
+# Their tests run one after the other, by one worker: one SLURM, one image.
+TOGETHER = {"tests/platforms/test_slurm.py", "tests/platforms/test_containers.py"}
 # Each of these also means `process`.
 PROCESS_MARKERS = {"ranks", "hosts", "platforms", "browser"}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     if config.option.numprocesses != "auto":
         return None  # -n logical: one per core, for tests that compute
     return WORKERS_PER_CORE * len(psutil.Process().cpu_affinity())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each test to the next free worker, but whole notebooks, since a notebook's cells share a
+    kernel, and whole files of TOGETHER. (xdist's own groups are marks; pytest 9.2 ignores them.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER or file.startswith("notebooks/") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,8 +56,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if PROCESS_MARKERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.process)
-        if item.path.suffix == ".ipynb":  # its cells share a kernel
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: rank_of(item.nodeid))
 
 
@@ -121,7 +136,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
-        process.wait(LIMIT_S)
+        process.wait(TIMEOUT_S)
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()

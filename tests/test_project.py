@@ -72,7 +72,7 @@ def test_measured_figures_in_the_readme_are_those_of_the_results():
     readme = (ROOT / "README.md").read_text()
     marked = re.findall(r"<!-- (\w+): written by benchmarks/\1\.py -->", readme)
     assert set(marked) == {*IN_TABLES, "report"}
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     for name in IN_TABLES:
-        assert body(found[name]) in readme
-    assert main_figures(found) in readme
+        assert body(results[name]) in readme
+    assert main_figures(results) in readme

@@ -20,11 +20,11 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 def rooms(readme: str) -> list[set[str]]:
     """The lines of README's map, from top to bottom: the rooms in each."""
     lines = re.search(r"^```text\n(launch .*?)^```", readme, re.M | re.S)[1].splitlines()
-    found = []
+    by_line = []
     for line in lines:
         left = re.match(r"\w+(?: {3}\w+)*", line)[0]
-        found.append(set(left.split()))
-    return found
+        by_line.append(set(left.split()))
+    return by_line
 
 
 def room_of(module: str) -> str:
@@ -38,26 +38,28 @@ def module_of(path: Path) -> str:
 
 def imported_modules(text: str) -> set[str]:
     """Modules of ddp_lib that the code imports, at its top, in a function, or by name as a string."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("ddp_lib.")}
+            modules |= {a.name for a in node.names if a.name.startswith("ddp_lib.")}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found.add("ddp_lib.(relative)")
+            modules.add("ddp_lib.(relative)")
         elif isinstance(node, ast.ImportFrom) and node.module == "ddp_lib":
             public = {a.name for a in node.names if a.name != "__version__"}
-            found |= {
+            modules |= {
                 getattr(ddp_lib, name).__module__ if name in ddp_lib.__all__ else f"ddp_lib.{name}"
                 for name in public
             }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddp_lib."):
-            found |= {f"{node.module}.{a.name}" for a in node.names} & set(map(module_of, MODULES))
-            found.add(node.module)
+            modules |= {f"{node.module}.{a.name}" for a in node.names} & set(
+                map(module_of, MODULES)
+            )
+            modules.add(node.module)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= set(
+            modules |= set(
                 re.findall(r"^ddp_lib\.[\w.]+$", node.value)
             )  # as the fork server's preload
-    return found
+    return modules
 
 
 def upward(module: str, text: str, map_of_rooms: list[set[str]]) -> set[str]:

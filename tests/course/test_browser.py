@@ -40,10 +40,10 @@ OUTPUTS = ".jp-CodeCell .jp-OutputArea-output"
 ERRORS = f"{OUTPUTS}[data-mime-type='application/vnd.jupyter.error']"
 
 
-def wait_until(there: Callable[[], bool], what: str, limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
+def wait_until(there: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while not there():
-        assert time.monotonic() < deadline, f"{what}: not within {limit_s} s"
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
         time.sleep(0.1)
 
 

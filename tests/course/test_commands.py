@@ -12,7 +12,7 @@ import pytest
 from tests.lab.pages import code_in, each_page, page_text
 from tests.lab.project import ROOT, make_targets
 
-# Of tools that a machine without them must still be able to check: what the pages use of each.
+# Flags of other tools that the pages use; so a machine without these tools can check them too.
 FOREIGN_FLAGS = {
     "apt": set(),
     "docker": {
@@ -60,7 +60,7 @@ def flags_of(command: str) -> set[str] | None:
 
 def unknown_in(line: str) -> list[str]:
     """The commands and flags in a line of shell that do not exist."""
-    found = []
+    unknown = []
     for part in re.split(r"&&|\|\||[;|]", line):
         try:
             words = shlex.split(part, comments=True)
@@ -69,8 +69,8 @@ def unknown_in(line: str) -> list[str]:
         while words and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*|\$|sudo", words[0]):
             words.pop(0)
         if words:
-            found += unknown_words(words[0].rpartition("/")[2], words[1:])
-    return found
+            unknown += unknown_words(words[0].rpartition("/")[2], words[1:])
+    return unknown
 
 
 def unknown_words(name: str, words: list[str]) -> list[str]:
@@ -82,22 +82,22 @@ def unknown_words(name: str, words: list[str]) -> list[str]:
         return unknown_flags(f"ddp-launch {words[0]}", words[1:]) if words else []
     if name in ("python", "python3", "torchrun"):
         at = words.index("-m") if "-m" in words else len(words)
-        found = unknown_flags(name, words[:at]) if name == "torchrun" else []
+        unknown = unknown_flags(name, words[:at]) if name == "torchrun" else []
         module = words[at + 1 : at + 2]
         if module and module[0] != "pip" and find_spec(module[0]) is None:
-            return [*found, f"-m {module[0]}"]
+            return [*unknown, f"-m {module[0]}"]
         ours = module and module[0].startswith("ddp_lib.")
-        return found + (unknown_flags(module[0], words[at + 2 :]) if ours else [])
+        return unknown + (unknown_flags(module[0], words[at + 2 :]) if ours else [])
     if name in FOREIGN_FLAGS:
         inner = ("ddp-launch", "torchrun", "python", "python3")
         inside = (at for at, word in enumerate(words) if word in inner or word.endswith(".sbatch"))
         at = next(inside, len(words))
-        found = [f"{name} {flag}" for flag in flags_in(words[:at]) - FOREIGN_FLAGS[name]]
+        unknown = [f"{name} {flag}" for flag in flags_in(words[:at]) - FOREIGN_FLAGS[name]]
         if at == len(words):
-            return found
+            return unknown
         if words[at].endswith(".sbatch"):  # our script gives its flags to the training
-            return found + unknown_flags("ddp-launch train", words[at + 1 :])
-        return found + unknown_words(words[at], words[at + 1 :])
+            return unknown + unknown_flags("ddp-launch train", words[at + 1 :])
+        return unknown + unknown_words(words[at], words[at + 1 :])
     return []
 
 
@@ -115,7 +115,7 @@ def unknown_flags(command: str, words: list[str]) -> list[str]:
 @pytest.mark.process
 @each_page
 def test_named_commands_and_flags_exist(path):
-    unknown = [found for line in code_in(page_text(path)) for found in unknown_in(line)]
+    unknown = [word for line in code_in(page_text(path)) for word in unknown_in(line)]
     assert unknown == []
 
 

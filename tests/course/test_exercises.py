@@ -37,10 +37,10 @@ def exercises(notebook: dict) -> list[dict]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_there_are_three_exercises_and_half_run_on_ranks(path):
-    found = exercises(read(path))
-    on_ranks = [one for one in found if re.search(r"\brun_(ranks|nodes)\(", source(one))]
-    assert len(found) >= 3
-    assert len(on_ranks) >= len(found) / 2
+    cells = exercises(read(path))
+    on_ranks = [c for c in cells if re.search(r"\brun_(ranks|nodes)\(", source(c))]
+    assert len(cells) >= 3
+    assert len(on_ranks) >= len(cells) / 2
 
 
 FORM = ["def f():\n    return 0  # your code\n\n\n", "\n\ncheck_1(f)"]

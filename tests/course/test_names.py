@@ -29,14 +29,14 @@ def test_named_modules_and_functions_exist(path):
 
 def resolves(name: str) -> bool:
     module, *rest = name.split(".")
-    found = import_module(module)
+    value = import_module(module)
     for part in rest:
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             try:
-                import_module(f"{found.__name__}.{part}")
+                import_module(f"{value.__name__}.{part}")
             except (AttributeError, ImportError):
                 return False
-        found = getattr(found, part)
+        value = getattr(value, part)
     return True
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.lab.notebooks import (
     NOTEBOOKS,
+    STREAM,
     code_cells,
     is_compared,
     make_cell,
@@ -29,37 +30,35 @@ def prints(cell: dict) -> bool:
 def faults(notebook: dict) -> list[str]:
     """What keeps a notebook's committed outputs from being compared. nbval passes over a cell
     without an execution count, and over a command after `!` that fails."""
-    found = []
+    problems = []
     code = code_cells(notebook)
     counts = [cell["execution_count"] for cell in code]
     if counts != [*range(1, len(code) + 1)]:
-        found.append(f"not run from top to bottom: execution counts {counts}")
+        problems.append(f"not run from top to bottom: execution counts {counts}")
     for number, cell in enumerate(code, 1):
         ends_in_error = any(output["output_type"] == "error" for output in cell["outputs"])
         if ends_in_error != ("raises-exception" in tags(cell)):
-            found.append(
+            problems.append(
                 f"cell {number}: an error without the tag raises-exception, or the tag alone"
             )
         if re.search(r"^\s*!", source(cell), re.M):
-            found.append(f"cell {number}: a command after ! may fail unseen")
+            problems.append(f"cell {number}: a command after ! may fail unseen")
         text = re.sub(r"^(from \S+ import) \([^)]*\)", r"\1", source(cell), flags=re.M)
         if (lines := len(text.splitlines())) > LONGEST_CELL:
-            found.append(f"cell {number}: {lines} lines")
+            problems.append(f"cell {number}: {lines} lines")
         if not is_compared(cell) and not re.search(r"\bassert\b", source(cell)):
-            found.append(f"cell {number}: its output is not compared, and it asserts nothing")
+            problems.append(f"cell {number}: its output is not compared, and it asserts nothing")
     printing = [cell for cell in code if prints(cell)]
     passed_over = sum(not is_compared(cell) for cell in printing)
     if passed_over > len(printing) / 4:
-        found.append(f"{passed_over} of {len(printing)} cells that print are not compared")
-    return found
+        problems.append(f"{passed_over} of {len(printing)} cells that print are not compared")
+    return problems
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_was_run_from_top_to_bottom(path):
     assert faults(read(path)) == []
 
-
-STREAM = {"output_type": "stream", "name": "stdout", "text": ["1"]}
 
 ERROR = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
 

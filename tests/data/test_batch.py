@@ -52,8 +52,8 @@ def test_augmented_batch_equals_one_image_at_a_time(some: Dataset) -> None:
         padded[2:34, 2:34] = some.train.images[index]
         crop = padded[top : top + 32, left : left + 32]
         crop = crop[:, ::-1] if flip else crop
-        one = Split(torch.from_numpy(crop.copy())[None], torch.zeros(1, dtype=torch.int64))
-        expected, _ = make_batch(one, torch.tensor([0]), some)
+        alone = Split(torch.from_numpy(crop.copy())[None], torch.zeros(1, dtype=torch.int64))
+        expected, _ = make_batch(alone, torch.tensor([0]), some)
         assert torch.equal(x[row], expected[0])
     assert len(seen) > 45
     assert x.is_contiguous(memory_format=torch.channels_last)

@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     assert sorted(p.name for p in cache.parent.iterdir()) == ["shapes", "shapes.lock"]
 
 
-def test_the_wait_for_another_process_has_a_limit(tmp_path: Path) -> None:
+def test_waiting_for_another_process_has_a_timeout(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     said: list[str] = []
     with filelock.FileLock(tmp_path / "cache" / "shapes.lock"), pytest.raises(UserError) as caught:
@@ -145,8 +145,8 @@ def test_ranks_share_the_images_memory(tmp_path: Path) -> None:
             assert process.stdin and process.stdout
             process.stdin.write("\n")
             process.stdin.flush()
-            resident, share, own = map(int, process.stdout.readline().split())
-            assert resident > 29_000 and share < 0.6 * resident and own == 0
+            resident, proportional, own = map(int, process.stdout.readline().split())
+            assert resident > 29_000 and proportional < 0.6 * resident and own == 0
     finally:
         for process in ranks:
             process.kill()

@@ -114,7 +114,7 @@ def test_cifar10_is_downloaded_once_and_then_read(
     requests = server.requests
     assert load_dataset("cifar10", tmp_path, log=quiet).digest == dataset.digest
     assert server.requests == requests
-    assert capfd.readouterr().err == ""  # no progress bar where nobody watches
+    assert capfd.readouterr().err == ""  # no progress bar without a terminal
     assert socket.getdefaulttimeout() is None
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_folder(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_of_images_is_read(tmp_path: Path, folder: Path) -> None:
     for name in (".DS_Store", "Thumbs.db", "README.txt", "._0.png"):
         (folder / "train" / "red" / name).write_text("no image")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
@@ -87,9 +87,9 @@ def test_folder_takes_any_mode_and_size(
     image.save(folder / "test" / "red" / f"other.{ending}")
     said: list[str] = []
     dataset = load_dataset(str(folder), tmp_path / "data", log=said.append)
-    found = dataset.test.images[2].to(torch.int64)
-    assert found.shape == (32, 32, 3)
-    assert (found - torch.tensor(expected)).abs().max() <= 3
+    pixels = dataset.test.images[2].to(torch.int64)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels - torch.tensor(expected)).abs().max() <= 3
     resized = [line for line in said if "resized" in line]
     assert len(resized) == (0 if image.size == (32, 32) else 1)
     assert all(" 1 " in line for line in resized)
@@ -100,11 +100,11 @@ def test_folder_turns_photographs_upright(tmp_path: Path, folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
     image.save(folder / "test" / "red" / "z.png", exif=exif)
-    found = load_dataset(str(folder), tmp_path / "data", log=quiet).test.images[2]
-    assert found[0, 0, 0] == 248 and found[31, 0, 0] == 0
+    pixels = load_dataset(str(folder), tmp_path / "data", log=quiet).test.images[2]
+    assert pixels[0, 0, 0] == 248 and pixels[31, 0, 0] == 0
 
 
-def test_folder_refusals(tmp_path: Path, folder: Path) -> None:
+def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, folder: Path) -> None:
     into = tmp_path / "data"
     line = refusal("cifr10", into)
     assert "'cifr10'" in line and "shapes" in line and "cifar10" in line

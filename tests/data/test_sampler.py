@@ -22,7 +22,7 @@ class Sized:
 def test_selects_what_torchs_distributed_sampler_selects(
     n: int, world_size: int, seed: int, epoch: int
 ) -> None:
-    share = 42 // world_size
+    per_rank = 42 // world_size
     for rank in range(world_size):
         ours = TrainSampler(n, 42, rank, world_size, seed)
         torchs: DistributedSampler[int] = DistributedSampler(
@@ -36,8 +36,8 @@ def test_selects_what_torchs_distributed_sampler_selects(
         torchs.set_epoch(epoch)
         theirs = list(torchs)
         batches = [batch.tolist() for batch in ours]
-        assert len(batches) == len(ours) == len(theirs) // share
-        assert batches == [theirs[k * share : (k + 1) * share] for k in range(len(ours))]
+        assert len(batches) == len(ours) == len(theirs) // per_rank
+        assert batches == [theirs[k * per_rank : (k + 1) * per_rank] for k in range(len(ours))]
 
 
 def test_any_number_of_ranks_sees_the_same_global_batches() -> None:
@@ -112,7 +112,9 @@ def test_evaluation_is_exact_on_any_number_of_ranks(n: int, batch_size: int) -> 
         (1000, 100, -1, 2, "rank -1 of 2"),
     ],
 )
-def test_refuses(n: int, batch: int, rank: int, world_size: int, words: str) -> None:
+def test_impossible_sizes_and_ranks_are_refused(
+    n: int, batch: int, rank: int, world_size: int, words: str
+) -> None:
     with pytest.raises(UserError, match=words) as caught:
         TrainSampler(n, batch, rank, world_size)
     assert "\n" not in str(caught.value)

@@ -9,9 +9,9 @@ from ddp_lib.data import shapes
 
 def test_shapes_are_the_same_bytes_everywhere() -> None:
     images, labels = shapes.make_shapes(30, shapes.TRAIN_SEED)
-    found = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     # Whoever changes the images on purpose also raises shapes.VERSION, or old caches stay in use.
-    assert found == "47014651435d589d4e6a90d6f8cde347346b1b4cbc4637d369b41514a79be6d7"
+    assert digest == "47014651435d589d4e6a90d6f8cde347346b1b4cbc4637d369b41514a79be6d7"
     assert shapes.VERSION == 1
 
 

@@ -31,7 +31,11 @@ def _made_up(monkeypatch):
     ("host", "one_machine", "expected"),
     [
         ("far", False, ["10.0.0.9"]),
-        ("me", False, ["10.0.0.5", "127.0.1.1"]),  # Debian: several machines meet outside
+        (
+            "me",
+            False,
+            ["10.0.0.5", "127.0.1.1"],
+        ),  # Debian: several machines need the outside address
         ("me", True, ["127.0.1.1"]),
         ("localhost", False, ["127.0.0.1"]),  # a rehearsal on one computer
         ("127.0.0.1", False, ["127.0.0.1"]),
@@ -46,9 +50,9 @@ def test_what_a_host_means(host, one_machine, expected):
     ("host", "address", "interface"),
     [("far", "10.0.0.5", "eth0"), ("me", "10.0.0.5", "eth0"), ("localhost", "127.0.0.1", "lo")],
 )
-def test_own_address_and_interface(host, address, interface):
+def test_the_interface_towards_the_master_is_chosen(host, address, interface):
     endpoint = Endpoint(host, 1)
     assert own_address(endpoint, False) == address
-    found = {"NCCL_SOCKET_IFNAME": "mine"}
-    assert name_interface(endpoint, False, found) == interface
-    assert found == {"NCCL_SOCKET_IFNAME": "mine", "GLOO_SOCKET_IFNAME": interface}
+    variables = {"NCCL_SOCKET_IFNAME": "mine"}
+    assert name_interface(endpoint, False, variables) == interface
+    assert variables == {"NCCL_SOCKET_IFNAME": "mine", "GLOO_SOCKET_IFNAME": interface}

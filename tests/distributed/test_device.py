@@ -10,10 +10,10 @@ import torch
 from ddp_lib.distributed.device import choose_backend, keep_freed_memory, thread_budget
 from ddp_lib.errors import UserError
 from ddp_lib.notebook.run_ranks import run_ranks
-from tests.lab.joining import LIMIT_S
+from tests.lab.joining import TIMEOUT_S
 
 
-def test_choose_backend():
+def test_nccl_needs_a_gpu_per_rank():
     assert choose_backend("auto", 2, 0)[0] == "gloo"
     assert choose_backend("auto", 2, 1)[0] == "gloo"  # one GPU, two ranks in a notebook
     assert choose_backend("auto", 2, 2)[0] == "nccl"
@@ -24,7 +24,7 @@ def test_choose_backend():
         choose_backend("mpi", 1, 1)
 
 
-def test_thread_budget():
+def test_ranks_divide_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert thread_budget(1) == cores
     assert thread_budget(10 * cores) == 1
@@ -48,5 +48,5 @@ def test_freed_memory_is_kept():
         page_faults()
         return plain, page_faults()
 
-    ((plain, kept),) = run_ranks(before_and_after, 1, timeout_s=LIMIT_S)
+    ((plain, kept),) = run_ranks(before_and_after, 1, timeout_s=TIMEOUT_S)
     assert 10 * kept < plain

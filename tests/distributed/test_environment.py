@@ -18,7 +18,7 @@ SLURM = {
 }
 
 
-def test_alone():
+def test_without_variables_a_rank_is_alone():
     assert read_place({}) == Place()
 
 
@@ -28,7 +28,7 @@ def test_four_variables_mean_one_process_a_machine():
     assert (place.node, place.master_addr, place.master_port) == (3, "m", 29500)
 
 
-def test_torchrun():
+def test_torchruns_variables_are_read():
     place = read_place(FOUR | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"})
     assert (place.local_rank, place.local_world_size, place.node) == (1, 2, 1)
 
@@ -82,7 +82,7 @@ def test_refused_with_one_line(changes, named):
         assert part in line
 
 
-def test_slurm_lists():
+def test_slurms_lists_of_nodes_are_read():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert first_host("gpu[07-09,12],login1") == "gpu07"
     assert first_host("node1,node2") == "node1"

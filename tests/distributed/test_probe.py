@@ -10,6 +10,6 @@ def test_a_probe_answers_and_is_gone():
         assert 0 < link.latency_s < 4 and abs(link.clock_s) < 4
         assert bandwidth("127.0.0.1", probe.port, 0.01, 20) > 0
         both = connect_all([("127.0.0.1", probe.port)] * 2)
-        assert [one.trouble for one in both] == ["", ""]
+        assert [each.trouble for each in both] == ["", ""]
         port = probe.port
     assert connect("127.0.0.1", port).trouble == "is refused"

@@ -11,7 +11,7 @@ import pytest
 from ddp_lib.distributed.addresses import Endpoint, first_hit
 from ddp_lib.distributed.store import reach_store
 from ddp_lib.errors import UserError
-from tests.lab.joining import LIMIT_S, four, outcome, start
+from tests.lab.joining import TIMEOUT_S, four, outcome, start
 from tests.lab.ports import free_port
 
 
@@ -26,14 +26,14 @@ from tests.lab.ports import free_port
         ({}, "nobody listens on MASTER_ADDR=127.0.0.1"),
     ],
 )
-def test_no_master(changes, says):
+def test_a_missing_master_is_named(changes, says):
     code, text = outcome(start(1, **(four(1, free_port()) | changes)))
     assert code == 2
     assert says in text and "--join-timeout-s" in text and text.count("\n") == 1
 
 
 @pytest.mark.ranks
-def test_a_rank_is_missing():
+def test_a_missing_rank_is_named():
     port = free_port()
     present = [start(8, **four(rank, port, 3)) for rank in (0, 2)]
     for process in present:
@@ -42,12 +42,12 @@ def test_a_rank_is_missing():
 
 
 @pytest.mark.ranks
-def test_two_masters():
+def test_a_second_master_is_refused():
     """The second comes while the first waits for rank 1, and finds the port taken."""
     port = free_port()
-    first = start(LIMIT_S, **four(0, port))
+    first = start(TIMEOUT_S, **four(0, port))
     try:
-        assert first_hit(lambda: listens(port), time.monotonic() + LIMIT_S)
+        assert first_hit(lambda: listens(port), time.monotonic() + TIMEOUT_S)
         code, text = outcome(start(**four(0, port)))
         assert code == 2 and f"MASTER_PORT={port} cannot be opened" in text
         assert first.poll() is None
@@ -62,17 +62,17 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.ranks
-def test_two_ranks_with_one_number():
+def test_two_ranks_with_one_number_are_refused():
     """All end, for a third is missing; and the second, at least, finds its number taken."""
     port = free_port()
-    started = [start(LIMIT_S, **four(rank, port, 3)) for rank in (0, 1, 1)]
+    started = [start(TIMEOUT_S, **four(rank, port, 3)) for rank in (0, 1, 1)]
     codes, texts = zip(*map(outcome, started), strict=True)
     assert codes == (2, 2, 2)
     assert any("RANK=1 is taken" in text for text in texts[1:])
 
 
 @pytest.mark.ranks
-def test_world_sizes_differ():
+def test_different_world_sizes_are_named():
     port = free_port()
     started = [start(8, **four(rank, port, size)) for rank, size in ((0, 3), (1, 2))]
     for process in started:
@@ -81,10 +81,10 @@ def test_world_sizes_differ():
 
 
 @pytest.mark.ranks
-def test_another_program_has_the_port():
+def test_another_program_on_the_port_is_named():
     """It sends garbage to whoever connects."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(LIMIT_S)
+        server.settimeout(TIMEOUT_S)
 
         def serve() -> None:
             try:
@@ -104,7 +104,7 @@ def test_another_program_has_the_port():
 
 
 @pytest.mark.ranks
-def test_a_silent_program_has_the_port():
+def test_a_silent_program_on_the_port_is_named():
     """It accepts every connection and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -137,9 +137,9 @@ for _ in range(2):  # the first asks whether anybody listens, the second is torc
 
 
 @pytest.mark.ranks
-def test_the_look_for_another_rank_0_ends_with_the_process():
-    """Also where the program at MASTER_ADDR never says a word."""
-    subprocess.run([sys.executable, "-c", LOOK], timeout=LIMIT_S, check=True)
+def test_the_search_for_another_rank_0_ends_with_the_process():
+    """Also if the program at MASTER_ADDR never says a word."""
+    subprocess.run([sys.executable, "-c", LOOK], timeout=TIMEOUT_S, check=True)
 
 
 @pytest.mark.ranks

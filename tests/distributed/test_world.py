@@ -33,7 +33,7 @@ World(world_size=2, timeout_s=0.2).leave()
 
 
 @pytest.mark.ranks
-def test_a_group_that_never_ends():
+def test_leaving_a_group_that_never_ends_times_out():
     status, text = outcome(start(code=STUCK))
     assert status == 1
     assert "Timeout" in text and "in destroy_process_group" in text and "in leave" in text

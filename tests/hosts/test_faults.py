@@ -25,7 +25,7 @@ def weights(once, images) -> bytes:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(make_lab, images, weights, name):
+def test_nothing_is_lost_in_a_fault(make_lab, images, weights, name):
     lab = make_lab(3)
     outcome = FAULTS[name](lab, images, weights)
     assert (outcome.samples_lost, outcome.samples_repeated) == (0, 0), outcome

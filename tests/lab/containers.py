@@ -1,7 +1,7 @@
 """The image, built and run by podman, on a base image made here: no registry of images is asked.
 
-What a user's own build brings from outside, the test lends where it can: the base image is made of
-Debian's packages, and the Python packages of this virtual environment are mounted into the build and
+A user's own build downloads what it needs; the test lends what this machine has: the base image is made
+of Debian's packages, and the Python packages of this virtual environment are mounted into the build and
 into the containers where both Pythons are of one version, so that pip finds what requirements.txt
 pins and does not install some GB again. Otherwise pip installs them, as for a user.
 """
@@ -21,11 +21,11 @@ BASE = "localhost/ddp-training-base:latest"
 _SUITE, _PYTHON = "bookworm", (3, 11)
 _LENT = "/opt/lent"  # after all other folders of sys.path, by a .pth file of the base
 _TOOLS = "podman buildah runc netavark aardvark-dns iptables mmdebstrap".split()
-_LIMIT_S = 1800
+_TIMEOUT_S = 1800
 
 
 def missing() -> str:
-    """What this computer lacks to build and run the image, in one line; empty where nothing."""
+    """What this computer lacks to build and run the image, in one line; empty if nothing is missing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "containers are run by root on Linux"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/lib/podman"
@@ -33,7 +33,7 @@ def missing() -> str:
     return f"not installed: {' '.join(lacks)} (apt install {' '.join(_TOOLS)})" if lacks else ""
 
 
-def run(command: list[str], limit_s: float = _LIMIT_S, **environment: str) -> str:
+def run(command: list[str], timeout_s: float = _TIMEOUT_S, **environment: str) -> str:
     """Standard output of a command that must succeed."""
     done = subprocess.run(
         command,
@@ -41,7 +41,7 @@ def run(command: list[str], limit_s: float = _LIMIT_S, **environment: str) -> st
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return done.stdout
@@ -54,12 +54,12 @@ def lent() -> list[str]:
     import torch
 
     packages = Path(torch.__file__).parents[1]
-    share = Path(sys.prefix) / "share" / "jupyter"
-    return [f"{packages}:{_LENT}", f"{share}:/usr/share/jupyter"]
+    jupyter = Path(sys.prefix) / "share" / "jupyter"
+    return [f"{packages}:{_LENT}", f"{jupyter}:/usr/share/jupyter"]
 
 
 def write_containers_conf(path: Path) -> None:
-    """podman's settings: runc and these limits also work where the machine is itself a container.
+    """podman's settings: runc and these limits also work if the machine is itself a container.
 
     Each container takes one core: those of a test are machines that share this one.
     """
@@ -73,7 +73,7 @@ def write_containers_conf(path: Path) -> None:
 
 
 def make_base() -> None:
-    """A stand-in for python:3.11-slim-bookworm; kept, for it changes as seldom as that does."""
+    """A stand-in for python:3.11-slim-bookworm; kept, since it changes as rarely."""
     have = subprocess.run(["podman", "image", "exists", BASE], timeout=60)
     if have.returncode == 0:
         return
@@ -101,7 +101,7 @@ def make_base() -> None:
             ["podman", "import", "--change", "ENV LANG=C.UTF-8", "-", BASE],
             stdin=tree.stdout,
             check=True,
-            timeout=_LIMIT_S,
+            timeout=_TIMEOUT_S,
         )
     assert tree.returncode == 0
 
@@ -112,7 +112,7 @@ def build(folder: Path) -> None:
     settings, paths = _pip_settings()
     pip_conf = folder / "pip.conf"
     pip_conf.write_text(settings)
-    # An overlay: where a pin differs for the image's Python, pip replaces the package for itself.
+    # An overlay: if a pin differs for the image's Python, pip replaces the package for itself.
     mounts = [f"{mount}:O" for mount in lent()]
     mounts += [f"{pip_conf}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in paths)]
     volumes = [word for mount in mounts for word in ("--volume", mount)]
@@ -122,7 +122,7 @@ def build(folder: Path) -> None:
 
 def _pip_settings() -> tuple[str, list[str]]:
     """This machine's settings of pip, from all its files and variables, and the paths they name."""
-    listed = run([sys.executable, "-m", "pip", "config", "list"], limit_s=60)
+    listed = run([sys.executable, "-m", "pip", "config", "list"], timeout_s=60)
     values = {}
     for line in listed.splitlines():
         name, _, value = line.partition("=")

@@ -1,8 +1,8 @@
-"""What goes wrong on several machines, made on purpose, and what it costs by the logs.
+"""What goes wrong on several machines, made on purpose.
 
-Every fault is a function of the list FAULTS: it makes its training on machines of the lab, lets it
-run to the gate (see `models.Gated`) in the middle of an epoch, does the damage, and returns an
-Outcome once the training is through. What must hold on the way it asserts.
+Every fault is a function in the table FAULTS: it makes its training on machines of the lab, lets it
+run to the gate in the middle of an epoch (see `training.Training` and `models.Gated`), does the
+damage, and returns an Outcome once the training is through. It asserts what must hold on the way.
 """
 
 import os
@@ -14,16 +14,16 @@ import psutil
 
 from ddp_lib.run_dir.log import read_events
 from tests.lab.machines import Lab, Machine
-from tests.lab.training import LIMIT_S, Outcome, Training
+from tests.lab.training import TIMEOUT_S, Outcome, Training
 
-# A collective waits so long where the fault is to outlast it: enough for a busy computer's steps.
+# The collectives' timeout if the fault is to last longer: enough for a step on a busy computer.
 SHORT_S = 8
 
 
 def rank_on(machine: Machine) -> psutil.Process:
     """The rank's process on this machine."""
-    (found,) = [p for p in machine.processes() if p.name().startswith("ddp-rank")]
-    return found
+    (rank,) = [p for p in machine.processes() if p.name().startswith("ddp-rank")]
+    return rank
 
 
 # Each takes the lab, the images and the unbroken run's weights.
@@ -53,48 +53,48 @@ def rank_killed(lab: Lab, images: Path, whole: bytes) -> Outcome:
 
 @fault("a machine dies and returns, `--nnodes 1:2 --max-restarts 3`")
 def machine_returns(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two = lab.machines[:2]
+    m0, m1 = lab.machines[:2]
     training = Training(lab, images, "--max-restarts", "3", nnodes="1:2")
-    (first, _) = training.start(one, two)
+    (first, _) = training.start(m0, m1)
     training.until_gate()
     began_s = training.fault_s
-    two.end_all()
+    m1.end_all()
     training.open()
     training.until_gate(size=1)
-    (back,) = training.start(two)
+    (back,) = training.start(m1)
     training.end(0, [first, back])
     training.fault_s = began_s
-    worlds = read_events(training.disk(one)).query("event == 'start' and rank == 0")
+    worlds = read_events(training.disk(m0)).query("event == 'start' and rank == 0")
     assert list(worlds["world_size"]) == [2, 1, 2]
     return training.outcome("the other goes on alone, then with it again", None)
 
 
 @fault("the master dies")
 def master_dies(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two = lab.machines[:2]
+    m0, m1 = lab.machines[:2]
     training = Training(lab, images)
-    (_, other) = training.start(one, two)
+    (_, other) = training.start(m0, m1)
     training.until_gate()
-    one.end_all()
+    m0.end_all()
     training.open()
     seconds = training.fail(other)
-    training.end(0, training.start(one, two))
+    training.end(0, training.start(m0, m1))
     return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
 
 
 @fault("the master dies for good; rank 0 moves to another machine")
 def master_is_replaced(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two, three = lab.machines
+    m0, m1, m2 = lab.machines
     training = Training(lab, images)
-    (_, other) = training.start(one, two)
+    (_, other) = training.start(m0, m1)
     training.until_gate()
-    one.end_all()
+    m0.end_all()
     training.open()
     seconds = training.fail(other)
-    training.master = two
-    training.end(0, training.start(two, three))
+    training.master = m1
+    training.end(0, training.start(m1, m2))
     # What rank 0 did before lies on the dead machine's disk: to be counted, it is put in front.
-    log, old = (training.disk(machine) / "rank0.jsonl" for machine in (two, one))
+    log, old = (training.disk(machine) / "rank0.jsonl" for machine in (m1, m0))
     log.write_bytes(old.read_bytes() + log.read_bytes())
     return training.outcome("ends; started on a third machine, it resumes", whole, seconds)
 
@@ -120,7 +120,7 @@ def link_down_long(lab: Lab, images: Path, whole: bytes) -> Outcome:
     lab.machines[1].cut()
     training.open()
     # The other machine's launcher asks the store at the master, and waits for the link to return.
-    master.wait_for("starting the ranks again", LIMIT_S)
+    master.wait_for("starting the ranks again", TIMEOUT_S)
     lab.machines[1].plug()
     training.end()
     return training.outcome("times out, meets again, and goes on", whole)
@@ -179,39 +179,39 @@ def frozen_without_restarts(lab: Lab, images: Path, whole: bytes) -> Outcome:
 
 @fault("disk full on a machine that is not the master")
 def disk_full(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two = lab.machines[:2]
+    m0, m1 = lab.machines[:2]
     training = Training(lab, images)
-    disk = training.disk(two)
+    disk = training.disk(m1)
     disk.mkdir(parents=True)
-    two.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
-    programs = training.start(one, two)
+    m1.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
+    programs = training.start(m0, m1)
     training.until_gate()
     # Room for some lines of the log, and not for a checkpoint.
     fill = f"dd if=/dev/zero of={disk}/filler bs=64k; truncate -s -64k {disk}/filler; ls {disk}"
-    listed = two.run(["sh", "-c", fill])
+    listed = m1.run(["sh", "-c", fill])
     assert "checkpoint.pt" in listed
     training.open()
     seconds = training.fail(*programs)
     assert all("No space left on device" in program.output for program in programs)
-    two.run(["rm", f"{disk}/filler"])
-    training.end(0, training.start(one, two))
+    m1.run(["rm", f"{disk}/filler"])
+    training.end(0, training.start(m0, m1))
     return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
 
 
 @fault("the master's disk becomes read-only")
 def read_only(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two = lab.machines[:2]
+    m0, m1 = lab.machines[:2]
     training = Training(lab, images)
-    disk = str(training.disk(one))
-    programs = training.start(one, two)
+    disk = str(training.disk(m0))
+    programs = training.start(m0, m1)
     training.until_gate()
-    one.run(["mount", "--bind", disk, disk])
-    one.run(["mount", "-o", "remount,bind,ro", disk])
+    m0.run(["mount", "--bind", disk, disk])
+    m0.run(["mount", "-o", "remount,bind,ro", disk])
     training.open()
     seconds = training.fail(*programs)
     assert all("Read-only file system" in program.output for program in programs)
-    one.run(["umount", disk])
-    training.end(0, training.start(one, two))
+    m0.run(["umount", disk])
+    training.end(0, training.start(m0, m1))
     return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
 
 
@@ -252,14 +252,14 @@ def bit_flipped(lab: Lab, images: Path, whole: bytes) -> Outcome:
 
 @fault("a second job takes one of the machines' folders")
 def second_job(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    one, two, three = lab.machines
+    m0, m1, m2 = lab.machines
     training = Training(lab, images)
-    training.start(one, two)
+    training.start(m0, m1)
     training.until_gate()
     second = Training.__new__(Training)
-    second.__dict__.update(training.__dict__, master=three, programs=[])
-    seconds = second.fail(*second.start(three, two))
-    refused = f"{training.disk(two)!s}' is in use by another job"
+    second.__dict__.update(training.__dict__, master=m2, programs=[])
+    seconds = second.fail(*second.start(m2, m1))
+    refused = f"{training.disk(m1)!s}' is in use by another job"
     assert all(refused in program.output for program in second.programs)
     training.open()
     training.end()

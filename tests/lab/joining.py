@@ -16,7 +16,7 @@ except UserError as error:
     sys.exit(2)
 """
 
-LIMIT_S = 60
+TIMEOUT_S = 60
 
 
 def start(join_timeout_s: float = 30, code: str = JOIN, **variables) -> subprocess.Popen:
@@ -32,7 +32,7 @@ def start(join_timeout_s: float = 30, code: str = JOIN, **variables) -> subproce
 
 
 def outcome(process: subprocess.Popen) -> tuple[int, str]:
-    text, _ = process.communicate(timeout=LIMIT_S)
+    text, _ = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, text
 
 

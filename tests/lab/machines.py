@@ -3,9 +3,9 @@
 with Lab(2, folder) as lab:
     master, worker = lab.machines              # 10.77.0.10 "m0" and 10.77.0.11 "m1"
     program = worker.start(["ddp-launch", "train", ...], cwd=somewhere, RANK="1")
-    program.wait_for("batch", limit_s=60)      # the line of its output that holds this
+    program.wait_for("batch", timeout_s=60)      # the line of its output that holds this
     worker.cut()                               # pull the cable; worker.plug() puts it back
-    assert program.wait(limit_s=60) == 2, program.output
+    assert program.wait(timeout_s=60) == 2, program.output
 
 A machine is a set of Linux namespaces (network, host name, mounts, processes) without a name, joined
 to the others by a bridge in a namespace of its own. So two labs, of two test runs, share nothing; and
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.lab.namespaces import LIMIT_S, Namespaces
+from tests.lab.namespaces import TIMEOUT_S, Namespaces
 from tests.lab.program import Program, kill_all
 
 IPV4, IPV6 = "10.77.0.{}", "fd77::{}"
@@ -73,7 +73,7 @@ class Lab:
 
 
 class Machine:
-    """One machine. `address` is its IPv4 address, or its IPv6 address where that is all it has."""
+    """One machine. `address` is its IPv4 address, or its IPv6 address if it has no other."""
 
     def __init__(self, lab: Lab, switch: Namespaces, number: int, name: str) -> None:
         self.number, self.name, self._switch = number, name, switch
@@ -110,47 +110,47 @@ class Machine:
     def start(self, command: list[str], cwd: Path | None = None, **environment: str) -> "Program":
         """Starts a command here, in `cwd` (default: the machine's folder).
 
-        It gets this process's environment, less what places a rank, and with `environment`. Words
+        It gets this process's environment, less what says which rank it is, and with `environment`. Words
         "ddp-launch", "torchrun" and "python" at its head mean this Python's.
         """
         program = Program(self, command, cwd or self.folder, environment, len(self.programs))
         self.programs.append(program)
         return program
 
-    def run(self, command: list[str], limit_s: float = LIMIT_S, **environment: str) -> str:
+    def run(self, command: list[str], timeout_s: float = TIMEOUT_S, **environment: str) -> str:
         """Output of a command that must succeed."""
         program = self.start(command, **environment)
-        assert program.wait(limit_s) == 0, program.output
+        assert program.wait(timeout_s) == 0, program.output
         return program.output
 
     def processes(self) -> list[psutil.Process]:
         """All that runs here, as processes of this computer; process 1 is left out."""
         space = os.readlink(f"/proc/{self.namespaces.pid}/ns/pid")
-        found = []
+        running = []
         for process in psutil.process_iter():
             try:
                 inside = os.readlink(f"/proc/{process.pid}/ns/pid") == space
                 if inside and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    running.append(process)
             except (OSError, psutil.NoSuchProcess):
                 continue
-        return [process for process in found if process.pid != self.namespaces.pid]
+        return [process for process in running if process.pid != self.namespaces.pid]
 
     def left(self) -> list[psutil.Process]:
         """What still runs here after the moment that Python's resource tracker takes to follow."""
-        return psutil.wait_procs(self.processes(), timeout=LIMIT_S)[1]
+        return psutil.wait_procs(self.processes(), timeout=TIMEOUT_S)[1]
 
     def end_all(self) -> None:
         """SIGKILL to all that runs here, as when the power fails (`cut` first, and no peer hears)."""
         while running := self.processes():  # again: a process may have started another meanwhile
             kill_all(running)
         for program in self.programs:
-            program.wait(LIMIT_S)
+            program.wait(TIMEOUT_S)
 
     # The network
 
     def cut(self) -> None:
-        """Pulls the machine's cable at the switch: packets vanish, and nobody is told."""
+        """Pulls the machine's cable at the switch: packets vanish, and no program is told."""
         self._switch.network("ip", "link", "set", self._port, "down")
 
     def plug(self) -> None:

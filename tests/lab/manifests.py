@@ -55,34 +55,34 @@ class Pod:
 
 
 def pods_of_job(manifests: list[Manifest]) -> list[Pod]:
-    """The pods of the one Job among them; named only where a headless Service selects them."""
-    job = next(one for one in manifests if one["kind"] == "Job")
+    """The pods of the Job among them; named only where a headless Service selects them."""
+    job = next(part for part in manifests if part["kind"] == "Job")
     spec, pod, name = job["spec"], job["spec"]["template"]["spec"], job["metadata"]["name"]
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
     [container] = pod["containers"]
     labels = {**job["spec"]["template"].get("metadata", {}).get("labels", {})}
     labels |= {"job-name": name, "batch.kubernetes.io/job-name": name}
     services = [
-        one["metadata"]["name"]
-        for one in manifests
-        if one["kind"] == "Service"
-        and one["spec"].get("clusterIP") == "None"
-        and one["spec"]["selector"].items() <= labels.items()
+        part["metadata"]["name"]
+        for part in manifests
+        if part["kind"] == "Service"
+        and part["spec"].get("clusterIP") == "None"
+        and part["spec"]["selector"].items() <= labels.items()
     ]
-    found = []
+    pods = []
     for index in range(spec["completions"]):
         hostname = f"{name}-{index}"
         names = [f"{hostname}.{pod['subdomain']}"] if pod.get("subdomain") in services else []
         variables = _environment(container, container["resources"], index)
-        found.append(Pod(hostname, names, _command(container, variables), variables))
-    return found
+        pods.append(Pod(hostname, names, _command(container, variables), variables))
+    return pods
 
 
 def pods_of_trainjob(job: Manifest) -> list[Pod]:
     """The pods that Kubeflow Trainer's runtime torch-distributed makes; the variables PET_* and the
     names are those of its plugin torch (pkg/runtime/framework/plugins/torch)."""
     name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
-    found = []
+    pods = []
     for index in range(trainer["numNodes"]):
         hostname = f"{name}-node-0-{index}"
         variables = {
@@ -94,8 +94,8 @@ def pods_of_trainjob(job: Manifest) -> list[Pod]:
             "PET_MASTER_PORT": "29500",
         }
         command = _command(trainer, variables)
-        found.append(Pod(hostname, [f"{hostname}.{name}"], command, variables))
-    return found
+        pods.append(Pod(hostname, [f"{hostname}.{name}"], command, variables))
+    return pods
 
 
 def _environment(container: Manifest, resources: Manifest, index: int) -> dict[str, str]:
@@ -109,8 +109,8 @@ def _environment(container: Manifest, resources: Manifest, index: int) -> dict[s
         raise KeyError(source)
 
     return {
-        one["name"]: one["value"] if "value" in one else value(one["valueFrom"])
-        for one in container.get("env", [])
+        part["name"]: part["value"] if "value" in part else value(part["valueFrom"])
+        for part in container.get("env", [])
     }
 
 

@@ -7,11 +7,11 @@ import sys
 
 import psutil
 
-LIMIT_S = 30  # for what takes milliseconds: ip, iptables, the start of a machine
+TIMEOUT_S = 30  # for what takes milliseconds: ip, iptables, the start of a machine
 
 
 def missing() -> str:
-    """What this computer lacks for a lab, in one line; empty where nothing is missing."""
+    """What this computer lacks for a lab, in one line; empty if nothing is missing."""
     if sys.platform != "linux":
         return "machines are Linux namespaces: this is " + sys.platform
     if os.geteuid() != 0:
@@ -19,7 +19,7 @@ def missing() -> str:
     tools = [t for t in "ip iptables ip6tables tc unshare nsenter setpriv".split() if not which(t)]
     if tools:
         return f"not installed: {', '.join(tools)} (apt install iproute2 iptables util-linux)"
-    tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, timeout=LIMIT_S)
+    tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, timeout=TIMEOUT_S)
     return "" if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
 
 
@@ -53,7 +53,7 @@ class Namespaces:
 
     def remove(self) -> None:
         self._holder.kill()
-        self._holder.wait(LIMIT_S)
+        self._holder.wait(TIMEOUT_S)
         self._holder.stdout.close()
 
     def network(self, *command: str) -> None:
@@ -62,6 +62,6 @@ class Namespaces:
             ["nsenter", f"--net=/proc/{self.pid}/ns/net", *command],
             capture_output=True,
             text=True,
-            timeout=LIMIT_S,
+            timeout=TIMEOUT_S,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"

@@ -41,3 +41,6 @@ def make_notebook(*cells: dict) -> dict:
 def make_cell(count, text="x = 1", tags=(), outputs=(), kind="code") -> dict:
     made = {"cell_type": kind, "source": [text], "metadata": {"tags": [*tags]}}
     return made | ({"execution_count": count, "outputs": [*outputs]} if kind == "code" else {})
+
+
+STREAM = {"output_type": "stream", "name": "stdout", "text": ["1"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-LIMIT_S = 600  # for another worker's making
+TIMEOUT_S = 600  # for another worker's making
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Once:
 
     def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
         folder, done = self.shared / name, self.shared / f"{name}.done"
-        with FileLock(self.shared / f"{name}.lock", timeout=LIMIT_S):
+        with FileLock(self.shared / f"{name}.lock", timeout=TIMEOUT_S):
             if not done.exists():
                 folder.mkdir()
                 make(folder)

@@ -16,7 +16,7 @@ HOST = socket.gethostname()
 
 TRAIN = (sys.executable, "-m", "ddp_lib.launch", "train")
 
-LIMIT_S = 60  # for what takes seconds on an idle machine; torch's agent alone imports for two
+TIMEOUT_S = 60  # for what takes seconds on an idle machine; torch's agent alone imports for two
 
 
 def clean_environment() -> dict[str, str]:
@@ -27,13 +27,13 @@ def clean_environment() -> dict[str, str]:
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str, list[str]]:
     """Exit status, stdout, lines of stderr; the agent has ended by itself."""
-    out, err = process.communicate(timeout=LIMIT_S)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, out, err.splitlines()
 
 
 def first_line(process: "subprocess.Popen[str]") -> str:
     """What it prints first; a process that prints nothing is ended at the limit."""
-    limit = threading.Timer(LIMIT_S, process.kill)
+    limit = threading.Timer(TIMEOUT_S, process.kill)
     limit.start()
     try:
         return process.stdout.readline().strip()
@@ -42,14 +42,14 @@ def first_line(process: "subprocess.Popen[str]") -> str:
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=LIMIT_S / 4)
+    _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_S / 4)
     return not alive
 
 

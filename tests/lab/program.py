@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.lab.namespaces import LIMIT_S
+from tests.lab.namespaces import TIMEOUT_S
 from tests.lab.project import ROOT
 
 if TYPE_CHECKING:
@@ -49,39 +49,39 @@ class Program:
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, pattern: str, limit_s: float) -> str:
+    def wait_for(self, pattern: str, timeout_s: float) -> str:
         """The first line of the output in which the regular expression is found, once it is there.
 
-        AssertionError, with the output, where it does not come in time, or the program has ended.
+        AssertionError with the output if it does not come in time, or if the program has ended.
         """
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + timeout_s
         while True:
             ended = self._process.poll() is not None  # before reading: nothing comes after the end
             for line in self.output.splitlines():
                 if re.search(pattern, line):
                     return line
             assert not ended, f"ended without {pattern!r}:\n{self.output}"
-            assert time.monotonic() < deadline, f"no {pattern!r} in {limit_s} s:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {pattern!r} in {timeout_s} s:\n{self.output}"
             time.sleep(0.02)
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def wait(self, limit_s: float) -> int:
-        """Exit status, -n after signal n. AssertionError, with the output, after `limit_s`."""
+    def wait(self, timeout_s: float) -> int:
+        """Exit status, -n after signal n. AssertionError, with the output, after `timeout_s`."""
         try:
-            return self._process.wait(limit_s)
+            return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {limit_s} s:\n{self.output}") from None
+            raise AssertionError(f"still runs after {timeout_s} s:\n{self.output}") from None
 
     def processes(self) -> list[psutil.Process]:
         """The command's own process, then all that it started, and they."""
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not self.ended:  # nsenter, outside, starts the command inside
-            found = psutil.Process(self._process.pid).children(recursive=True)
-            if found:
-                return found
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            if family:
+                return family
             assert time.monotonic() < deadline
             time.sleep(0.005)
         return []
@@ -94,7 +94,7 @@ class Program:
     def end(self) -> None:
         """SIGKILL to the command and all that it started."""
         kill_all(self.processes())
-        self.wait(LIMIT_S)
+        self.wait(TIMEOUT_S)
 
 
 def kill_all(processes: list[psutil.Process]) -> None:
@@ -104,12 +104,12 @@ def kill_all(processes: list[psutil.Process]) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(processes, timeout=LIMIT_S)
+    _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_S)
     assert not alive, alive
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's, without what would place a rank or choose an interface."""
+    """This process's, without what would say which rank it is or choose an interface."""
     ours = re.compile(
         "(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_.*|OMP_NUM_THREADS|LOGLEVEL"
         "|(SLURM|PET|TORCH|TORCHELASTIC|GLOO|NCCL|DDP_LIB|PMI|OMPI)_.*)"

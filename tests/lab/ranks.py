@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-LIMIT_S = 60.0
+TIMEOUT_S = 60.0
 
 
 def summed(factor: float) -> torch.Tensor:

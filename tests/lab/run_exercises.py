@@ -39,7 +39,7 @@ def tags(cell: dict[str, Any]) -> list[str]:
 
 
 def read_exercise(number: int, source: str, after: str) -> Exercise:
-    """ValueError where the two cells do not have the form that the readers know."""
+    """ValueError if the two cells do not have the form that the readers know."""
     lines = source.strip().splitlines()
     call = re.fullmatch(r"(check_(\d+))\((\w+)\)", lines[-1])
     if not call or int(call[2]) != number:
@@ -98,18 +98,20 @@ def main(notebook: Path, wrong_answers: Path) -> int:
     execute(wrong_answers.read_text(), wrong, str(wrong_answers))
 
     failures = 0
-    for one in exercises:
-        again = f"{one.check}({one.function})"
-        place = f"exercise {one.number}"
-        printed = {"untouched": last_line(one.source, names, place)}
-        start = names[one.function]
-        for name in (f"wrong_{one.number}_a", f"wrong_{one.number}_b"):
-            names[one.function] = wrong[name]
-            printed[name] = last_line(again, names, place)
-        printed["solution"] = last_line(f"{one.solution}\n{again}", names, place)
-        names[one.function] = start  # what comes next must not need this one solved
+    for exercise in exercises:
+        again = f"{exercise.check}({exercise.function})"
+        file_name = f"exercise {exercise.number}"
+        printed = {"untouched": last_line(exercise.source, names, file_name)}
+        start = names[exercise.function]
+        for name in (f"wrong_{exercise.number}_a", f"wrong_{exercise.number}_b"):
+            names[exercise.function] = wrong[name]
+            printed[name] = last_line(again, names, file_name)
+        printed["solution"] = last_line(f"{exercise.solution}\n{again}", names, file_name)
+        names[exercise.function] = start  # what comes next must not need this one solved
         for way, line in printed.items():
-            wanted = f"{one.number}: right" if way == "solution" else f"{one.number}: not yet"
+            wanted = (
+                f"{exercise.number}: right" if way == "solution" else f"{exercise.number}: not yet"
+            )
             good = line == wanted or (way != "solution" and line.startswith(f"{wanted}: "))
             failures += not good
             print(f"{'ok' if good else 'FAILED'}: {notebook.stem} {way}: {line}", flush=True)

@@ -5,7 +5,7 @@ import signal
 
 from ddp_lib import TrainConfig
 
-LIMIT_S = 120
+TIMEOUT_S = 120
 
 
 def config(folder, images, cache, **changes) -> TrainConfig:
@@ -26,8 +26,8 @@ def config(folder, images, cache, **changes) -> TrainConfig:
 def train(
     settings: TrainConfig, die_at: int = -1, lose_optimizer: bool = False, behind: int = 0
 ) -> dict:
-    """One rank's training; it kills itself in the middle of step `die_at`. behind: how many steps
-    the host reads behind the device, which is 1 on a GPU."""
+    """One rank's training; it kills itself in the middle of step `die_at`. behind: how many
+    steps late the host reads the losses, which is 1 on a GPU."""
     from ddp_lib import World, fit
     from ddp_lib.train import Trainer
     from ddp_lib.training.metrics import Steps

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.lab.machines import Lab, Machine
 from tests.lab.program import Program
 
-LIMIT_S = 120
+TIMEOUT_S = 120
 ENDS = "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL".split()
 _TOOLS = "munged slurmctld slurmd sbatch srun scontrol squeue sinfo".split()
 _CONF = """
@@ -93,7 +93,7 @@ class Slurm:
             machine.end_all()
         if self._munged is not None:
             self._munged.terminate()
-            self._munged.wait(LIMIT_S)
+            self._munged.wait(TIMEOUT_S)
 
     def _start(self, machine: Machine, daemon: str, *options: str) -> Program:
         command = [f"/usr/sbin/{daemon}", "-D", *options]
@@ -108,13 +108,13 @@ class Slurm:
         program = self.master.start(
             list(command), cwd=cwd, SLURM_CONF=str(self.folder / "slurm.conf"), **environment
         )
-        assert program.wait(LIMIT_S) == 0, program.output
+        assert program.wait(TIMEOUT_S) == 0, program.output
         return program.output
 
     def refused(self, *command: str) -> str:
         """Output of a command on the first machine, which must fail."""
         program = self.master.start(list(command), SLURM_CONF=str(self.folder / "slurm.conf"))
-        assert program.wait(LIMIT_S) != 0, program.output
+        assert program.wait(TIMEOUT_S) != 0, program.output
         return program.output
 
     def wait_until_idle(self) -> None:
@@ -123,35 +123,37 @@ class Slurm:
 
     def submit(self, *words: str, cwd: Path, **environment: str) -> str:
         """`sbatch` in the folder `cwd`; the job's number."""
-        said = self.run("sbatch", *words, cwd=cwd, **environment)
-        match = re.search(r"Submitted batch job (\d+)", said)
-        assert match, said
+        output = self.run("sbatch", *words, cwd=cwd, **environment)
+        match = re.search(r"Submitted batch job (\d+)", output)
+        assert match, output
         return match[1]
 
     def state(self, job: str) -> str:
-        found = re.search(r"JobState=(\S+)", self.run("scontrol", "show", "job", job))
-        assert found
-        return found[1]
+        match = re.search(r"JobState=(\S+)", self.run("scontrol", "show", "job", job))
+        assert match
+        return match[1]
 
-    def wait_for_state(self, job: str, *states: str, limit_s: float = 3 * LIMIT_S) -> str:
-        self._wait(lambda: self.state(job) in states, f"scontrol show job {job}", limit_s)
+    def wait_for_state(self, job: str, *states: str, timeout_s: float = 3 * TIMEOUT_S) -> str:
+        self._wait(lambda: self.state(job) in states, f"scontrol show job {job}", timeout_s)
         return self.state(job)
 
     def _try(self, *command: str) -> str:
         program = self.master.start(list(command), SLURM_CONF=str(self.folder / "slurm.conf"))
-        program.wait(LIMIT_S)
+        program.wait(TIMEOUT_S)
         return program.output
 
-    def _wait(self, done, what: str, limit_s: float = LIMIT_S) -> None:
-        deadline = time.monotonic() + limit_s
+    def _wait(self, done, what: str, timeout_s: float = TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
         while not done():
             assert time.monotonic() < deadline, self._try(*what.split())
             time.sleep(0.3)
 
 
-def wait_for_text(path: Path, pattern: str, limit_s: float = 2 * LIMIT_S, count: int = 1) -> None:
+def wait_for_text(
+    path: Path, pattern: str, timeout_s: float = 2 * TIMEOUT_S, count: int = 1
+) -> None:
     """Returns when the regular expression is found `count` times in the file."""
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + timeout_s
     while True:
         text = path.read_text(errors="replace") if path.exists() else ""
         if len(re.findall(pattern, text)) >= count:

@@ -1,4 +1,4 @@
-"""One training on several machines, which waits at a gate for what a test does to it, and what that costs."""
+"""A training on several machines that waits at a gate, and what a fault at the gate costs by the logs."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.lab.machines import Lab, Machine
 from tests.lab.program import Program
 from tests.lab.project import ROOT
 
-LIMIT_S = 600  # for what takes some ten seconds on an idle computer
+TIMEOUT_S = 600  # for what takes some ten seconds on an idle computer
 
 TRAIN, TEST, GLOBAL_BATCH = 315, 63, 52
 
@@ -41,7 +41,7 @@ def make_images(folder: Path) -> Path:
 
 
 class Training:
-    """One training by ddp-launch on machines that share no disk, a rank on each."""
+    """One training by ddp-launch on machines that share no disk, one rank on each."""
 
     def __init__(self, lab: Lab, images: Path, *flags: str, nnodes: str = "2", gate: int = GATE):
         self.lab, self.nnodes = lab, nnodes
@@ -66,11 +66,11 @@ class Training:
     def start(self, *machines: Machine) -> list[Program]:
         """The same line on each; returns what was started now."""
         endpoint = f"{self.master.address}:29500"
-        meet = ["--nnodes", self.nnodes, "--rdzv-endpoint", endpoint]
+        rendezvous = ["--nnodes", self.nnodes, "--rdzv-endpoint", endpoint]
         started = []
         for machine in machines:
             here = ["--run-dir", str(self.disk(machine))]
-            command = ["ddp-launch", "train", *meet, *here, *self.flags]
+            command = ["ddp-launch", "train", *rendezvous, *here, *self.flags]
             started.append(machine.start(command, cwd=ROOT, **self.environment))
         self.programs += started
         return started
@@ -89,12 +89,12 @@ class Training:
     def end(self, status: int = 0, programs: list[Program] | None = None) -> None:
         """Waits for the end of all that was started; each must end with this exit status."""
         for program in programs or self.programs:
-            assert program.wait(LIMIT_S) == status, program.output
+            assert program.wait(TIMEOUT_S) == status, program.output
 
     def fail(self, *programs: Program) -> float:
         """Waits for the end of programs that must fail, each with one line; the seconds that took."""
         for program in programs:
-            assert program.wait(LIMIT_S) > 0, program.output
+            assert program.wait(TIMEOUT_S) > 0, program.output
         seconds = time.time() - self.fault_s
         for program in programs:
             errors = [line for line in program.output.splitlines() if "error:" in line]
@@ -127,7 +127,7 @@ class Training:
 
 
 def wait_until(done: Callable[[], bool], state: Callable[[], str]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not done():
         assert time.monotonic() < deadline, state()
         time.sleep(0.02)

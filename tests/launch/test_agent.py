@@ -13,7 +13,7 @@ TORCHELASTIC_RESTART_COUNT""".split()
 
 
 @pytest.mark.ranks
-def test_each_rank_gets_its_place_and_its_share_of_the_cores(start, tmp_path):
+def test_each_rank_gets_its_variables_and_its_part_of_the_cores(start, tmp_path):
     process = start(
         'note("env", json.dumps(dict(os.environ)))\nprint("hello")', "--nproc-per-node", "2"
     )
@@ -37,7 +37,7 @@ def test_each_rank_gets_its_place_and_its_share_of_the_cores(start, tmp_path):
 
 @pytest.mark.ranks
 def test_a_rank_is_a_fork_that_may_use_gpus_and_has_its_own_name_and_threads(start, tmp_path):
-    """CUDA refuses forks of a process that has asked for GPUs, be it only their number."""
+    """CUDA refuses forks of a process that has asked for GPUs, even if only for their number."""
     lines = """
 import psutil, torch
 me = psutil.Process()
@@ -53,7 +53,7 @@ note("is", json.dumps(said))
 
 
 @pytest.mark.ranks
-def test_two_agents_meet_at_the_endpoint(start, tmp_path):
+def test_two_agents_join_at_the_endpoint(start, tmp_path):
     flags = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     lines = 'note("env", json.dumps(dict(os.environ)))'
     both = [start(lines, *flags) for _ in range(2)]

@@ -5,7 +5,7 @@ from ddp_lib.launch.options import CheckOptions
 
 
 def test_a_healthy_pair_has_no_causes():
-    def card(number: int, **changes) -> dict:
+    def machine(number: int, **changes) -> dict:
         return {
             "host": f"m{number}", "address": f"10.0.0.{number}", "interface": "eth0", "size": 2,
             "rank": number, "size_name": "WORLD_SIZE", "rank_name": "RANK", "torch": "2", "hosts": True,
@@ -18,12 +18,12 @@ def test_a_healthy_pair_has_no_causes():
         return {"links": [link, link], "rate": 1e9}
 
     rows = [row(0), row(1)]
-    assert causes([card(0), card(1)], rows, 15) == []
-    assert len(table([card(0), card(1)], rows).splitlines()) == 3
-    (line,) = causes([card(0), card(1, free=5)], rows, 15)
+    assert causes([machine(0), machine(1)], rows, 15) == []
+    assert len(table([machine(0), machine(1)], rows).splitlines()) == 3
+    (line,) = causes([machine(0), machine(1, free=5)], rows, 15)
     assert "m1 (10.0.0.1) has 0.00 GB free" in line
-    (line,) = causes([card(0, data="a"), card(1, data="b")], rows, 15)
+    (line,) = causes([machine(0, data="a"), machine(1, data="b")], rows, 15)
     assert "data is b on m1" in line
-    (line,) = causes([card(0), card(1)], [row(0), None], 15)
+    (line,) = causes([machine(0), machine(1)], [row(0), None], 15)
     assert "m1 (10.0.0.1) came, but did not finish" in line
     assert CheckOptions().timeout_s == 30

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.lab.agent import FAILS, ranks
-from tests.lab.processes import HOST, LIMIT_S, all_gone, end
+from tests.lab.processes import HOST, TIMEOUT_S, all_gone, end
 
 # Each: what rank 1 does while rank 0 waits for ever, the status, and the one line.
 ENDINGS = {
@@ -27,9 +27,10 @@ ENDINGS = {
 @pytest.mark.ranks
 @pytest.mark.parametrize(("lines", "expected", "text"), ENDINGS.values(), ids=ENDINGS)
 def test_the_first_rank_to_fail_gives_status_and_line(start, tmp_path, lines, expected, text):
-    one = "\n".join("    " + line for line in ['wait_for("go")', *lines.splitlines()])
+    of_rank_1 = "\n".join("    " + line for line in ['wait_for("go")', *lines.splitlines()])
     process = start(
-        f'note("pid", str(os.getpid()))\nif rank == 1:\n{one}\nfor_ever()', "--nproc-per-node=2"
+        f'note("pid", str(os.getpid()))\nif rank == 1:\n{of_rank_1}\nfor_ever()',
+        "--nproc-per-node=2",
     )
     both = ranks(tmp_path)
     (tmp_path / "go").touch()
@@ -93,7 +94,7 @@ def test_output_that_nobody_reads(start, started, tmp_path):
     process = subprocess.Popen(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
     started.append(process)
     os.close(write_end)
-    _, err = process.communicate(timeout=LIMIT_S)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (128 + signal.SIGPIPE, "")
 
     lines = """
@@ -109,5 +110,5 @@ sys.exit(outcome.status)
     process.stdout.close()
     (tmp_path / "go").touch()
     err = process.stderr.read().splitlines()
-    assert process.wait(LIMIT_S) == 128 + signal.SIGPIPE
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGPIPE
     assert len(err) == 1 and "nothing reads the output any more" in err[0]

@@ -6,7 +6,7 @@ import pytest
 
 from ddp_lib.launch import main as launch
 
-PLACES = {
+CASES = {
     "alone": ({}, [], "agent"),
     "docker run -e": ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "m"}, [], "rank"),
     "half of it": ({"MASTER_ADDR": "m"}, [], "rank"),  # refused there, by name
@@ -22,7 +22,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("environment", "flags", "expected"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("environment", "flags", "expected"), CASES.values(), ids=CASES)
 def test_who_starts_the_rank(environment, flags, expected, monkeypatch):
     import ddp_lib.train
 

@@ -5,7 +5,7 @@ import pytest
 from ddp_lib.errors import UserError
 from ddp_lib.launch import main as launch
 from ddp_lib.launch.options import LaunchOptions, read_launch
-from tests.lab.processes import LIMIT_S, python
+from tests.lab.processes import TIMEOUT_S, python
 
 BAD = {
     "no command": ([], "no command"),
@@ -70,7 +70,7 @@ def test_help_is_quick(args, shown):
         "assert not status\n"
         "assert not {'torch', 'matplotlib', 'pandas'} & set(sys.modules)"
     )
-    out, err = python(code).communicate(timeout=LIMIT_S)
+    out, err = python(code).communicate(timeout=TIMEOUT_S)
     assert err == ""
     words = out.replace(",", " ").split()
     assert [flag for flag in shown if flag not in words] == []
@@ -83,7 +83,7 @@ def test_pet_variables_stand_behind_flags():
         (2, 4), "gpu", "PET_RDZV_ENDPOINT [fd77::1]:7",
     )  # fmt: skip
     assert read_launch(LaunchOptions(nnodes="3"), pet).nodes == (3, 3)
-    # Kubeflow sets a master also where there is one machine.
+    # Kubeflow sets a master for a single machine too.
     assert (
         read_launch(LaunchOptions(), {"PET_MASTER_ADDR": "m", "PET_NNODES": "1"}).endpoint is None
     )

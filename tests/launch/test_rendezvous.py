@@ -14,7 +14,7 @@ from tests.lab.processes import TRAIN, clean_environment, end
     [("no-such-host.invalid:29500", "does not resolve"), ("{taken}", "another program")],
     ids=["no name", "another program's port"],
 )
-def test_an_endpoint_where_nobody_meets_is_named(started, tmp_path, endpoint, named):
+def test_an_endpoint_that_is_no_rendezvous_is_named(started, tmp_path, endpoint, named):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

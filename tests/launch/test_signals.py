@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.agent import ranks
 from tests.lab.processes import (
-    LIMIT_S,
+    TIMEOUT_S,
     TRAIN,
     all_gone,
     clean_environment,
@@ -50,7 +50,7 @@ def test_a_signal_reaches_the_ranks_and_they_leave_in_order(no_nohup, start, tmp
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ranks_that_do_not_heed_it_are_ended(start, tmp_path, number):
+def test_ranks_that_ignore_it_are_ended(start, tmp_path, number):
     process = start(DEAF, "--nproc-per-node=2")
     both = ranks(tmp_path)
     process.send_signal(number)
@@ -62,7 +62,7 @@ def test_ranks_that_do_not_heed_it_are_ended(start, tmp_path, number):
 
 @pytest.mark.ranks
 def test_a_second_ctrl_c_ends_all_at_once(start, tmp_path):
-    process = start(DEAF, "--nproc-per-node=2", limit_s=1000)
+    process = start(DEAF, "--nproc-per-node=2", timeout_s=1000)
     both = ranks(tmp_path)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_ends_all_at_once(start, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_machines_have_met(started, number):
+def test_a_signal_before_the_machines_have_joined(started, number):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -88,7 +88,7 @@ def test_a_signal_before_the_machines_have_met(started, number):
         )
         started.append(process)
         assert "starting 1 rank(s)" in first_line(process)
-        silent.settimeout(LIMIT_S)
+        silent.settimeout(TIMEOUT_S)
         with silent.accept()[0]:  # blocked in C++ from here on
             process.send_signal(number)
             _, err = process.communicate(timeout=15)

@@ -7,7 +7,7 @@ import pytest
 
 
 def ranks_left() -> list[psutil.Process]:
-    """Processes below this one, but for the fork server and Python's resource tracker."""
+    """Processes below this one, except the fork server and Python's resource tracker."""
     return [
         p
         for p in psutil.Process().children(recursive=True)

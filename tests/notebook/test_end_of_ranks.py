@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib import run_ranks
-from tests.lab.ranks import LIMIT_S
+from tests.lab.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.ranks
 
@@ -27,13 +27,13 @@ def leaves_a_ddp_model() -> float:
 
 def test_a_ddp_model_left_in_the_function_does_not_abort_at_exit():
     for _ in range(12):
-        run_ranks(leaves_a_ddp_model, 2, timeout_s=LIMIT_S)
+        run_ranks(leaves_a_ddp_model, 2, timeout_s=TIMEOUT_S)
 
 
 PROGRAM = """
 import faulthandler, os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
-faulthandler.dump_traceback_later(50)  # where it stands, should it not end
+faulthandler.dump_traceback_later(50)  # where it stands, if it does not end
 from ddp_lib import run_ranks
 
 def forever():
@@ -64,8 +64,8 @@ def test_an_interrupt_or_the_death_of_the_kernel_leaves_no_rank(tmp_path, how):
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # the fork server and two ranks
     process.send_signal(how)
-    rest, _ = process.communicate(timeout=LIMIT_S)
+    rest, _ = process.communicate(timeout=TIMEOUT_S)
     if how == signal.SIGINT:
         assert process.returncode == 130 and "interrupted, left: 0" in rest
-    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
+    _, alive = psutil.wait_procs(family, timeout=TIMEOUT_S)
     assert alive == []

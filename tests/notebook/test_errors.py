@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib import RankError, UserError, run_ranks
-from tests.lab.ranks import LIMIT_S
+from tests.lab.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.ranks
 
@@ -27,7 +27,7 @@ def fails_on_one() -> None:
 
 def test_an_exception_names_the_rank_and_the_own_line():
     with pytest.raises(RankError) as caught:
-        run_ranks(fails_on_one, 3, timeout_s=LIMIT_S)
+        run_ranks(fails_on_one, 3, timeout_s=TIMEOUT_S)
     assert caught.value.rank == 1
     first, *lines = str(caught.value).splitlines()
     assert first == "rank 1: ValueError: on purpose"
@@ -41,7 +41,7 @@ def mismatched() -> None:
 
 def test_a_death_by_a_signal(capsys):
     with pytest.raises(RankError, match=r"rank \d: died of SIGABRT"):
-        run_ranks(mismatched, 2, timeout_s=LIMIT_S)
+        run_ranks(mismatched, 2, timeout_s=TIMEOUT_S)
 
 
 def killed() -> None:
@@ -53,7 +53,7 @@ def killed() -> None:
 
 def test_a_killed_rank_is_the_cause_and_not_its_peer():
     with pytest.raises(RankError, match="rank 0: died of SIGKILL"):
-        run_ranks(killed, 2, timeout_s=LIMIT_S)
+        run_ranks(killed, 2, timeout_s=TIMEOUT_S)
 
 
 def hangs() -> None:
@@ -95,4 +95,4 @@ def unsendable():
 
 def test_a_result_that_cannot_be_sent():
     with pytest.raises(RankError, match="rank 0: TypeError: what the function returned"):
-        run_ranks(unsendable, 1, timeout_s=LIMIT_S)
+        run_ranks(unsendable, 1, timeout_s=TIMEOUT_S)

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from tests.lab.ranks import LIMIT_S
+from tests.lab.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.ranks
 
@@ -32,7 +32,7 @@ CELLS = [
 ]
 
 
-def test_in_a_real_kernel(tmp_path, monkeypatch):
+def test_output_and_errors_appear_in_the_cell(tmp_path, monkeypatch):
     """As under nbval: the output is in the cell, and the error is one short text."""
     import nbformat
     from nbclient import NotebookClient
@@ -40,7 +40,7 @@ def test_in_a_real_kernel(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [nbformat.v4.new_code_cell(textwrap.dedent(c).strip()) for c in CELLS]
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "x")
-    client = NotebookClient(notebook, timeout=int(LIMIT_S), allow_errors=True)
+    client = NotebookClient(notebook, timeout=int(TIMEOUT_S), allow_errors=True)
     client.execute(cwd=str(tmp_path))
     outputs = [cell.outputs for cell in notebook.cells]
     text = "".join(o["text"] for o in outputs[1] if o["output_type"] == "stream")

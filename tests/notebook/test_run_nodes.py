@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from ddp_lib import UserError, run_nodes
-from tests.lab.ranks import LIMIT_S
+from tests.lab.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.ranks
 
@@ -17,7 +17,7 @@ def test_nodes_run_the_command_with_their_numbers(tmp_path):
         "import sys, os; print(*sys.argv[1:], os.environ['NODE']); sys.exit(int(sys.argv[1]) * 3)"
     )
     command = [sys.executable, "-c", code, "{node}", "{nnodes}", "{endpoint}"]
-    nodes = run_nodes(command, 2, timeout_s=LIMIT_S, log_dir=tmp_path, env={"NODE": "n{node}"})
+    nodes = run_nodes(command, 2, timeout_s=TIMEOUT_S, log_dir=tmp_path, env={"NODE": "n{node}"})
     assert [n.returncode for n in nodes] == [0, 3]
     first, second = (n.output.split() for n in nodes)
     assert first[0] == "0" and second[0] == "1" and first[1] == second[1] == "2"
@@ -58,8 +58,8 @@ def test_two_agents_make_one_job(tmp_path):
         "--rdzv-endpoint {endpoint} --local-addr 127.0.0.1"
     )
     started = time.monotonic()
-    nodes = run_nodes([*command.split(), str(script)], 2, timeout_s=LIMIT_S)
+    nodes = run_nodes([*command.split(), str(script)], 2, timeout_s=TIMEOUT_S)
     assert [n.returncode for n in nodes] == [0, 0], nodes[0].output
-    assert time.monotonic() - started < LIMIT_S
+    assert time.monotonic() - started < TIMEOUT_S
     lines = sorted(line for n in nodes for line in n.output.splitlines() if line.startswith("node"))
     assert lines == ["node 0 sum 2", "node 1 sum 2"]

@@ -16,19 +16,19 @@ Spec = str | dict[str, list[str]]
 
 
 def dependencies() -> list[Spec]:
-    found: list[Spec] = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    return found
+    specs: list[Spec] = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    return specs
 
 
 def wrong_specs(specs: list[Spec]) -> list[str]:
-    found = []
+    wrong = []
     for spec in specs:
         if isinstance(spec, str):
             try:
                 MatchSpec(spec, strict=True)
             except Exception as error:
-                found.append(f"{spec}: {error}")
-    return found
+                wrong.append(f"{spec}: {error}")
+    return wrong
 
 
 def dry_run(lines: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -16,7 +16,7 @@ from tests.lab.project import ROOT
 LATE_DNS = str(ROOT / "tests" / "lab" / "late_dns.py")
 FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-LIMIT_S = 600  # for what takes seconds on a free machine
+TIMEOUT_S = 600  # for what takes seconds on a free machine
 SERVER_ADDRESS = "127.0.0.1"
 DOMAIN = "default.svc.cluster.local"
 
@@ -32,8 +32,8 @@ def job() -> list[Manifest]:
 
 
 def trainjob() -> Manifest:
-    [found] = manifests.load(FOLDER / "trainjob.yaml")
-    return found
+    [manifest] = manifests.load(FOLDER / "trainjob.yaml")
+    return manifest
 
 
 # The files
@@ -41,18 +41,18 @@ def trainjob() -> Manifest:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_manifest_is_valid(path):
-    assert [fault for one in manifests.load(path) for fault in manifests.faults(one)] == []
+    assert [fault for part in manifests.load(path) for fault in manifests.faults(part)] == []
 
 
 def changed(manifest: object):
     """The manifest with one field renamed by a letter, or with one value of another type, each."""
 
-    def places(node: object, where: tuple = ()):
+    def paths_in(node: object, where: tuple = ()):
         children = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in children:
             yield (*where, key)
             if isinstance(value, dict | list):
-                yield from places(value, (*where, key))
+                yield from paths_in(value, (*where, key))
 
     def copy_at(where: tuple):
         whole = copy.deepcopy(manifest)
@@ -62,7 +62,7 @@ def changed(manifest: object):
         return whole, node
 
     free = {"labels", "selector", "requests", "limits", "annotations"}  # any name is right in these
-    for where in places(manifest):
+    for where in paths_in(manifest):
         if free & set(map(str, where[:-1])):
             continue
         if isinstance(where[-1], str):
@@ -78,22 +78,22 @@ def changed(manifest: object):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_changed_field_or_type_is_seen(path):
     unseen = []
-    for one in manifests.load(path):
-        for what, whole in changed(one):
+    for part in manifests.load(path):
+        for what, whole in changed(part):
             try:
                 seen = bool(manifests.faults(whole))
             except (KeyError, AttributeError):  # without a kind or a version there is no schema
                 seen = True
             if not seen:
-                unseen.append(f"{one['kind']}: {what}")
+                unseen.append(f"{part['kind']}: {what}")
     assert unseen == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_pods_are_not_root_and_keep_the_run(path):
     """Of the Job, or of the TrainJob's patch: the same promises."""
-    for one in manifests.load(path):
-        for spec in pod_specs(one):
+    for part in manifests.load(path):
+        for spec in pod_specs(part):
             [container] = spec["containers"]
             assert spec["securityContext"]["runAsNonRoot"] is True
             assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsUser"] > 0
@@ -135,11 +135,11 @@ def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[Program]:
             machine.write_hosts({pod.name: machine.address})  # as the kubelet does
             machine.run(["mount", "--bind", str(resolv), "/etc/resolv.conf"])
             servers.append(machine.start(["python", LATE_DNS, "3", *records]))
-            servers[-1].wait_for("serves", LIMIT_S)
+            servers[-1].wait_for("serves", TIMEOUT_S)
         for pod, machine in zip(pods, lab.machines, strict=True):
             programs.append(machine.start([*pod.command, *more], **pod.environment))
         for program in programs:
-            assert program.wait(LIMIT_S) == 0, "\n".join(p.output for p in programs)
+            assert program.wait(TIMEOUT_S) == 0, "\n".join(p.output for p in programs)
         assert any("late" in server.output for server in servers)
         return programs
 

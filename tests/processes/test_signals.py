@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from ddp_lib.processes.signals import StopSignal, signals_to_heed
-from tests.lab.processes import LIMIT_S, first_line, python
+from tests.lab.processes import TIMEOUT_S, first_line, python
 
 STOP = "import os, signal, sys, time\nfrom ddp_lib.processes.signals import StopSignal\n"
 
@@ -69,7 +69,7 @@ def test_a_rank_leaves_after_a_signal(started, code, status, output):
     started.append(process)
     assert first_line(process) == "ready"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=LIMIT_S)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out.strip(), err) == (status, output, "")
 
 
@@ -81,7 +81,7 @@ def test_further_signals_do_not_lengthen_the_grace(started):
         "        time.sleep(0.05)\n        os.kill(os.getpid(), signal.SIGINT)"
     )
     started.append(process)
-    assert process.communicate(timeout=LIMIT_S)[0] == "ready\n"
+    assert process.communicate(timeout=TIMEOUT_S)[0] == "ready\n"
     assert process.returncode == 130
 
 

@@ -88,7 +88,7 @@ def test_restarts_are_marked(tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "named", "raw"), [(8, 8, True), (9, 9, False), (40, 24, False)])
-def test_many_ranks(tmp_path, ranks, named, raw):
+def test_of_many_ranks_some_are_named(tmp_path, ranks, named, raw):
     figure = draw_run(write_run(tmp_path, ranks=ranks, steps=range(3), epochs=0))
     loss = figure.axes[0]
     assert sum(name.startswith("rank") for name in labelled(loss)) == ranks

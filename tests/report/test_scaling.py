@@ -27,9 +27,9 @@ def test_a_ring_sends_twice_the_tensor_less_a_share_of_each_rank():
 @pytest.mark.parametrize("ranks", [2, 3, 16])
 def test_the_fit_finds_the_link(ranks):
     sizes = [4**power for power in range(4, 13)]
-    found = fit_link({size: [LINK.all_reduce_s(size, ranks)] for size in sizes}, ranks)
-    assert found.latency_s == pytest.approx(LINK.latency_s)
-    assert found.bytes_per_s == pytest.approx(LINK.bytes_per_s)
+    link = fit_link({size: [LINK.all_reduce_s(size, ranks)] for size in sizes}, ranks)
+    assert link.latency_s == pytest.approx(LINK.latency_s)
+    assert link.bytes_per_s == pytest.approx(LINK.bytes_per_s)
 
 
 def test_noise_moves_the_fit_by_no_more_than_itself():
@@ -39,9 +39,9 @@ def test_noise_moves_the_fit_by_no_more_than_itself():
     for size, factor in zip(sizes, noise, strict=True):
         middle = factor * LINK.all_reduce_s(size, 2)
         runs[size] = [100 * middle, middle, middle / 2]  # the median counts
-    found = fit_link(runs, 2)
-    assert found.latency_s == pytest.approx(LINK.latency_s, rel=0.15)
-    assert found.bytes_per_s == pytest.approx(LINK.bytes_per_s, rel=0.15)
+    link = fit_link(runs, 2)
+    assert link.latency_s == pytest.approx(LINK.latency_s, rel=0.15)
+    assert link.bytes_per_s == pytest.approx(LINK.bytes_per_s, rel=0.15)
 
 
 def test_the_fit_keeps_to_what_is_possible():

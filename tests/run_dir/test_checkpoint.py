@@ -18,20 +18,20 @@ def save(folder, step: int) -> None:
     checkpoint.save(folder, checkpoint.to_bytes(state(step)))
 
 
-def found_step(folder, said=None) -> int:
+def newest_step(folder, said=None) -> int:
     payload = checkpoint.find(folder, (said if said is not None else []).append)
     assert payload is not None
     return checkpoint.from_bytes(payload)["step"]
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.find(tmp_path) is None
 
 
 def test_newest_is_found_and_its_predecessor_kept(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    assert found_step(tmp_path) == 3
+    assert newest_step(tmp_path) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME]
 
 
@@ -53,7 +53,7 @@ def test_damaged_newest_is_named_and_the_predecessor_used(tmp_path, damage):
     save(tmp_path, 2)
     damage(tmp_path / checkpoint.NAME)
     said: list[str] = []
-    assert found_step(tmp_path, said) == 1
+    assert newest_step(tmp_path, said) == 1
     assert len(said) == 1 and checkpoint.NAME in said[0] and "damaged" in said[0]
 
 
@@ -94,7 +94,7 @@ def test_killed_between_the_renames(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2)
-    assert found_step(tmp_path) == 1
+    assert newest_step(tmp_path) == 1
 
 
 def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert found_step(tmp_path) == 1
+    assert newest_step(tmp_path) == 1
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NAME]
 
 

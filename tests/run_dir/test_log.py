@@ -49,7 +49,7 @@ def test_a_half_line_is_passed_over_and_ended_by_the_next_start(tmp_path, kept):
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     path.write_bytes(whole[: -len(last)] + last[:kept])
-    left = [0, 1, 2, 3] if kept == -1 else [0, 1, 2]  # -1: whole but for the line's end
+    left = [0, 1, 2, 3] if kept == -1 else [0, 1, 2]  # -1: only the line's end is missing
     assert list(read_run(tmp_path)["step"]) == left
     write_start(tmp_path, 0, range(3, 6), loss=2.0)
     table = read_run(tmp_path)
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_come_back(tmp_path):
     assert math.isnan(losses[0]) and losses[1:] == [math.inf, -math.inf]
 
 
-def test_events(tmp_path):
+def test_events_are_a_table_of_their_own(tmp_path):
     with RunLog(tmp_path, 0) as log:
         log.start(step=0, rank=0, host="a")
         log.write(**step_line(0))

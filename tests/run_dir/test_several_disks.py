@@ -14,7 +14,7 @@ from ddp_lib import RankError, TrainConfig, read_run, run_ranks
 from ddp_lib.run_dir import checkpoint
 from ddp_lib.run_dir.log import read_events
 from tests.lab.files import flip_a_bit
-from tests.lab.runs import LIMIT_S, config, train
+from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
 
@@ -49,7 +49,7 @@ class Machines:
 
         settings = dataclasses.replace(self.settings, epochs=epochs, **changes)
         folders = [str(self.disks[disk]) for disk in disks]
-        return run_ranks(on_machines, len(disks), settings, folders, die_at, timeout_s=LIMIT_S)
+        return run_ranks(on_machines, len(disks), settings, folders, die_at, timeout_s=TIMEOUT_S)
 
     def killed(self, *disks: int, die_at: int) -> None:
         with pytest.raises(RankError, match="SIGKILL"):
@@ -199,7 +199,7 @@ def test_a_machine_cannot_write_its_folder(machines):
         machines.run(0, 1)
 
 
-def test_resume_must_and_never(machines, unbroken):
+def test_resume_must_needs_a_checkpoint_and_never_keeps_the_old_run_aside(machines, unbroken):
     with pytest.raises(RankError, match="holds no checkpoint"):
         machines.run(0, 1, resume="must")
     machines.killed(0, 1, die_at=7)

@@ -5,7 +5,7 @@ import torch
 
 from ddp_lib import RankError, read_run, run_ranks
 from ddp_lib.run_dir import checkpoint
-from tests.lab.runs import LIMIT_S, config, train
+from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
 
@@ -19,7 +19,7 @@ def test_same_images_on_any_number_of_ranks(tmp_path, images_folder, shared_cach
             train,
             ranks,
             config(folder, images_folder, shared_cache, epochs=1, model=model),
-            timeout_s=LIMIT_S,
+            timeout_s=TIMEOUT_S,
         )
         assert summary["world_size"] == ranks
         assert summary["test_images"] == 131
@@ -50,15 +50,21 @@ def test_one_checkpoint_counts_the_same_on_any_number_of_ranks(
     tmp_path, images_folder, shared_cache, model
 ):
     settings = config(tmp_path, images_folder, shared_cache, epochs=1, model=model)
-    run_ranks(train, 2, settings, timeout_s=LIMIT_S)
+    run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)
     weights = str(tmp_path / "cifar_net.pth")
     counts = {
         ranks: run_ranks(
-            count_right, ranks, weights, str(images_folder), shared_cache, model, timeout_s=LIMIT_S
+            count_right,
+            ranks,
+            weights,
+            str(images_folder),
+            shared_cache,
+            model,
+            timeout_s=TIMEOUT_S,
         )
         for ranks in (1, 2, 3, 7)
     }
-    every = {one for answers in counts.values() for one in answers}
+    every = {count for answers in counts.values() for count in answers}
     assert len(every) == 1
     correct, images = every.pop()
     assert images == 630 and 0 < correct < 630
@@ -78,7 +84,7 @@ def test_losses_agree_step_by_step_in_float64(tmp_path, images_folder, shared_ca
             precision="fp64",
             momentum=0.9,
         )
-        run_ranks(train, ranks, settings, timeout_s=LIMIT_S)
+        run_ranks(train, ranks, settings, timeout_s=TIMEOUT_S)
         log = read_run(folder)
         losses[ranks] = torch.tensor(
             log.groupby("step")["loss"].mean().tolist(), dtype=torch.double
@@ -96,7 +102,7 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
         settings = config(
             folder, images_folder, shared_cache, precision="fp64", accumulate=parts, epochs=1
         )
-        run_ranks(train, 2, settings, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)
         ends[parts] = torch.load(folder / "cifar_net.pth", weights_only=True)
     for name, value in ends[1].items():
         torch.testing.assert_close(value, ends[3][name], rtol=0, atol=1e-9)
@@ -104,12 +110,12 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
 
 @pytest.mark.parametrize("behind", [0, 1])
 def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, behind):
-    """Also where the second reads its losses a step behind, as on a GPU."""
+    """Also if the second run reads its losses one step late, as on a GPU."""
     for name, how in (("a", 0), ("b", behind)):
         settings = config(
             tmp_path / name, images_folder, shared_cache, model="tests.lab.models:Lively"
         )
-        run_ranks(train, 2, settings, -1, False, how, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, False, how, timeout_s=TIMEOUT_S)
     first, second = ((tmp_path / n / "cifar_net.pth").read_bytes() for n in ("a", "b"))
     assert first == second
     same = ["rank", "epoch", "step", "samples", "loss", "lr"]
@@ -122,16 +128,16 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, images_folder, shar
     changes = {"model": "tests.lab.models:Explodes", "checkpoint_every_s": 1e-9}
     settings = config(tmp_path, images_folder, shared_cache, **changes)
     with pytest.raises(RankError, match="loss of rank 1 is not finite at step 2"):
-        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
+        run_ranks(train, 2, settings, -1, False, behind, timeout_s=TIMEOUT_S)
     assert not (tmp_path / "cifar_net.pth").exists()
     kept = checkpoint.find(tmp_path, print)
     assert kept is not None and checkpoint.from_bytes(kept)["step"] == 2
 
 
 def test_further_training_from_given_weights(tmp_path, images_folder, shared_cache):
-    one = config(tmp_path / "one", images_folder, shared_cache, epochs=1)
-    run_ranks(train, 2, one, timeout_s=LIMIT_S)
-    two = config(
+    first = config(tmp_path / "one", images_folder, shared_cache, epochs=1)
+    run_ranks(train, 2, first, timeout_s=TIMEOUT_S)
+    second = config(
         tmp_path / "two",
         images_folder,
         shared_cache,
@@ -139,7 +145,7 @@ def test_further_training_from_given_weights(tmp_path, images_folder, shared_cac
         init_from=str(tmp_path / "one" / "cifar_net.pth"),
         lr=1e-12,
     )
-    run_ranks(train, 2, two, timeout_s=LIMIT_S)
+    run_ranks(train, 2, second, timeout_s=TIMEOUT_S)
     ends = [torch.load(tmp_path / n / "cifar_net.pth", weights_only=True) for n in ("one", "two")]
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=0, atol=1e-8)

@@ -6,18 +6,16 @@ from pathlib import Path
 import pytest
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
-from tests.lab.runs import LIMIT_S, config, train
+from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
-
-STEPS = 3 * 6  # three steps an epoch, six epochs
 
 
 def killed_and_resumed(folder: Path, settings, ranks: int, step: int, **how) -> bytes:
     with pytest.raises(RankError, match="SIGKILL"):
-        run_ranks(train, ranks, settings, step, timeout_s=LIMIT_S)
+        run_ranks(train, ranks, settings, step, timeout_s=TIMEOUT_S)
     assert not (folder / "cifar_net.pth").exists()
-    run_ranks(train, ranks, settings, -1, how.get("lose_optimizer", False), timeout_s=LIMIT_S)
+    run_ranks(train, ranks, settings, -1, how.get("lose_optimizer", False), timeout_s=TIMEOUT_S)
     log = read_run(folder, superseded=True)
     again = log[(log["rank"] == 0) & (log["start"] == 1)]["step"]
     last_checkpoint = step // 3 * 3  # one is written at each epoch's end
@@ -38,7 +36,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
             global_batch_size=208,
         )
 
-    run_ranks(train, ranks, settings("unbroken"), timeout_s=LIMIT_S)
+    run_ranks(train, ranks, settings("unbroken"), timeout_s=TIMEOUT_S)
     unbroken = (tmp_path / "unbroken" / "cifar_net.pth").read_bytes()
     for step in (3, 4, 5, 7, 8, 10, 12, 13, 16, 17):
         name = f"killed{step}"
@@ -50,8 +48,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, images_folder, sha
 
 @pytest.mark.parametrize("behind", [0, 1])
 def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, shared_cache, behind):
-    """With a checkpoint at every step (or every second, where the host reads a step behind), a
-    resumed run starts in the middle of an epoch."""
+    """With a checkpoint at every step (at every second one if the host reads the losses one step late),
+    a resumed run starts in the middle of an epoch."""
     results = {}
     for name, die_at in (("whole", -1), ("killed", 5)):
         settings = config(
@@ -63,8 +61,8 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
         )
         if die_at >= 0:
             with pytest.raises(RankError, match="SIGKILL"):
-                run_ranks(train, 2, settings, die_at, False, behind, timeout_s=LIMIT_S)
-        run_ranks(train, 2, settings, -1, False, behind, timeout_s=LIMIT_S)
+                run_ranks(train, 2, settings, die_at, False, behind, timeout_s=TIMEOUT_S)
+        run_ranks(train, 2, settings, -1, False, behind, timeout_s=TIMEOUT_S)
         results[name] = (tmp_path / name / "cifar_net.pth").read_bytes()
     log = read_run(tmp_path / "killed", superseded=True)
     assert log[log["start"] == 1]["step"].min() == 5
@@ -73,11 +71,11 @@ def test_killed_between_checkpoints_within_an_epoch(tmp_path, images_folder, sha
 
 def test_finished_then_more_epochs(tmp_path, images_folder, shared_cache):
     settings = config(tmp_path, images_folder, shared_cache, epochs=1)
-    first = run_ranks(train, 2, settings, timeout_s=LIMIT_S)[0]
+    first = run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)[0]
     before = (tmp_path / "rank0.jsonl").read_text()
-    assert run_ranks(train, 2, settings, timeout_s=LIMIT_S)[0] == first
+    assert run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)[0] == first
     assert (tmp_path / "rank0.jsonl").read_text() == before
     more = config(tmp_path, images_folder, shared_cache, epochs=2)
-    assert run_ranks(train, 2, more, timeout_s=LIMIT_S)[0]["steps"] == 6
+    assert run_ranks(train, 2, more, timeout_s=TIMEOUT_S)[0]["steps"] == 6
     assert read_run(tmp_path)["step"].max() == 5
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 2
