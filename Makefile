@@ -7,10 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 3
-NBVAL := -m pytest --nbval --nbval-current-env --nbval-cell-timeout 180
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
+# Several tests at once; tests/conftest.py says how many, and which start first.
+PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks lint format lab bench bench-full lock clean
+.PHONY: help setup demo quick test notebooks lint format lab bench bench-full lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,14 +39,17 @@ demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs
 	@echo "runs/demo/summary.json   accuracy, speed, versions"
 	@echo "runs/demo/rank0.jsonl    one line per step; rank1.jsonl is that of the other process"
 
-test: lint ## lint, run all tests, then run all notebooks and compare their outputs
-	$(BIN)/python -m pytest
-	$(BIN)/python $(NBVAL) --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks/
+quick: lint ## lint, and the tests that start no process: less than a minute
+	$(BIN)/python -m pytest -n logical $(PARALLEL) -m "not process"
+
+test: lint ## lint, all tests, and all notebooks against their committed outputs
+	$(BIN)/python -m pytest -n auto $(PARALLEL) tests notebooks \
+	  $(NBVAL) --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 
 notebooks: $(INSTALLED) ## only run and compare the notebooks, on one core and from another folder
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp notebooks/* "$$folder" && \
 	  core=$$(command -v taskset >/dev/null && echo taskset -c 0 || true) && cd "$$folder" && \
-	  $$core $(CURDIR)/$(BIN)/python $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
+	  $$core $(CURDIR)/$(BIN)/python -m pytest $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
 
 lint: $(INSTALLED) ## check style, formatting, spelling, types and the Dockerfile
 	$(BIN)/ruff check .

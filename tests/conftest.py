@@ -1,37 +1,142 @@
-"""Fixtures that several test modules share."""
+"""What all tests share: data sets, the order in which they run, and the check of their markers."""
 
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.lab.images import write_images
+from tests.lab.once import Once
+from tests.lab.processes import TIMEOUT_S
 
-CLASSES = ("ant", "bee", "cat")
-TRAIN, TEST = 630, 131  # three global batches of 210, and a test set no number of ranks divides
+# Several tests at once (pytest -n auto): most wait, for timeouts, for processes that start, for each
+# other's ranks. So there are more workers than cores.
+WORKERS_PER_CORE = 2
+# What takes longest starts first, in this order, so that nobody waits for it at the end.
+LONGEST_FIRST = """
+    platforms/test_containers.py platforms/test_slurm.py course/test_browser.py training/test_compile.py
+    course/test_exercises.py notebooks/ hosts/test_faults.py course/test_sanitizer.py training/
+    hosts/ platforms/ distributed/ launch/ notebook/ run_dir/
+""".split()
+# Their tests run one after the other, by one worker: one SLURM, one image.
+TOGETHER = {"tests/platforms/test_slurm.py", "tests/platforms/test_containers.py"}
+# Each of these also means `process`.
+PROCESS_MARKERS = {"ranks", "hosts", "platforms", "browser"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    if config.option.numprocesses != "auto":
+        return None  # -n logical: one per core, for tests that compute
+    return WORKERS_PER_CORE * len(psutil.Process().cpu_affinity())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each test to the next free worker, but whole notebooks, since a notebook's cells share a
+    kernel, and whole files of TOGETHER. (xdist's own groups are marks; pytest 9.2 ignores them.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER or file.startswith("notebooks/") else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESS_MARKERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.process)
+    items.sort(key=lambda item: rank_of(item.nodeid))
+
+
+def rank_of(nodeid: str) -> int:
+    name = nodeid.removeprefix("tests/")
+    return next(
+        (n for n, start in enumerate(LONGEST_FIRST) if name.startswith(start)), len(LONGEST_FIRST)
+    )
+
+
+# A test that starts a process says so by a marker: `make quick` leaves it out.
+
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+processes_started: list[str] = []
+
+
+def note_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in STARTS:
+        processes_started.append(f"{event} {arguments[:1]}")
+    # multiprocessing's fork server has no event of its own, but is asked for each process.
+    elif event == "socket.connect" and arguments[1] == forkserver._forkserver._forkserver_address:
+        processes_started.append("a process of the fork server")
+
+
+sys.addaudithook(note_process)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    processes_started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield
+    if processes_started and item.get_closest_marker("process") is None:
+        pytest.fail(f"starts a process without the marker `process`: {processes_started[0]}")
+
+
+# Fixtures
 
 
 @pytest.fixture(scope="session")
-def images_folder(tmp_path_factory) -> Path:
-    """A small data set of someone's own: blobs of three colours in noise, as PNG files."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(5)
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        for number in range(count):
-            label = number % len(CLASSES)
-            pixels = random.integers(0, 200, (32, 32, 3), dtype=np.uint8)
-            top, left = random.integers(0, 20, 2)
-            pixels[top : top + 12, left : left + 12, label] = 230
-            target = folder / split / CLASSES[label]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(target / f"{number:04d}.png")
-    return folder
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """once(name, make): the folder that make(folder) has filled, once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return Once(folder if worker_id == "master" else folder.parent)
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory) -> str:
+def images_folder(once: Once) -> Path:
+    """A small data set of someone's own: three global batches of 210 images, and a test set that no
+    number of ranks divides."""
+    return once("images", lambda folder: write_images(folder, train=630, test=131))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(once: Once) -> str:
     """A --data-dir for all tests: the small data set is decoded once."""
-    return str(tmp_path_factory.mktemp("data"))
+    return str(once("decoded", lambda folder: None))
+
+
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """Processes that the test starts react to SIGHUP, also if the tests run under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes to end, with all below them, however the test ends."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        process.wait(TIMEOUT_S)
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()

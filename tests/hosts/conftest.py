@@ -1,6 +1,5 @@
 """Fixtures of the tests on several machines."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,13 +7,15 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from machines import Lab, Machine, Program, missing
+from tests.lab.machines import Lab, Machine
+from tests.lab.namespaces import missing
+from tests.lab.program import Program
+from tests.lab.project import ROOT
 
 PORT = 29500
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     lacks = missing() if here else ""
@@ -26,9 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(images_folder: Path, shared_cache: str) -> list[str]:
-    """Flags of a training of two epochs of three steps; the model is tests/models.py's."""
+    """Flags of a training of two epochs of three steps; the model is tests/lab/models.py's."""
     return [
-        "--data", str(images_folder), "--data-dir", shared_cache, "--model", "models:Plain",
+        "--data", str(images_folder), "--data-dir", shared_cache, "--model", "tests.lab.models:Plain",
         "--global-batch-size", "210", "--epochs", "2",
     ]  # fmt: skip
 
@@ -52,7 +53,7 @@ def train(tiny: list[str]) -> Callable[..., Program]:
             four = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": master, "MASTER_PORT": PORT}
             environment = {**{name: str(value) for name, value in four.items()}, **environment}
         command = ["ddp-launch", "train", *tiny, "--run-dir", str(machine.folder / "run"), *flags]
-        return machine.start(command, cwd=Path(__file__).parents[1], **environment)
+        return machine.start(command, cwd=ROOT, **environment)
 
     return start
 

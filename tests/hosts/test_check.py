@@ -1,10 +1,10 @@
-"""ddp-launch check: each cause, made for real, is named where it can be seen."""
+"""ddp-launch check names each cause; here each is made for real."""
 
 import re
 
 import pytest
 
-LIMIT_S = 300
+TIMEOUT_S = 300
 FLAGS = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=10.77.0.10:29500")
 # Another clock, another torch, GPUs: the machines share this computer's.
 PATCHED = """
@@ -24,14 +24,14 @@ def check(machine, *flags, patch: str = "", **environment):
 
 def outcomes(programs) -> list[tuple[int, list[str], list[str]]]:
     """Of each: exit status, the table's rows, and the lines after it."""
-    found = []
+    results = []
     for program in programs:
-        status = program.wait(LIMIT_S)
+        status = program.wait(TIMEOUT_S)
         lines = program.output.splitlines()
         assert "Traceback" not in program.output
         said = [line for line in lines if line.startswith("ddp-launch")]
-        found.append((status, [line for line in lines if line not in said], said))
-    return found
+        results.append((status, [line for line in lines if line not in said], said))
+    return results
 
 
 def test_all_is_well_with_three_machines(make_lab, tiny):

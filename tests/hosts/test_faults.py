@@ -3,19 +3,31 @@
 from pathlib import Path
 
 import pytest
-from damage import FAULTS, make_images, unbroken
+
+from tests.lab.damage import FAULTS
+from tests.lab.training import make_images, unbroken
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("faults") / "images")
+def images(once) -> Path:
+    return once("faults", lambda folder: make_images(folder / "images")) / "images"
+
+
+@pytest.fixture(scope="module")
+def weights(once, images) -> bytes:
+    """Those that the training ends with when nothing goes wrong."""
+    file = "weights"
+    folder = once(
+        "faults-unbroken",
+        lambda folder: (folder / file).write_bytes(unbroken(images, folder / "lab")),
+    )
+    return (folder / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(make_lab, images, tmp_path, name):
+def test_nothing_is_lost_in_a_fault(make_lab, images, weights, name):
     lab = make_lab(3)
-    whole = unbroken(images, images.parent / "unbroken")
-    outcome = FAULTS[name](lab, images, whole)
+    outcome = FAULTS[name](lab, images, weights)
     assert (outcome.samples_lost, outcome.samples_repeated) == (0, 0), outcome
     assert outcome.bits in (True, None), outcome
     # Two steps of the epoch were done at the gate; the last checkpoint was at its begin.

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-LIMIT_S = 300  # for what takes seconds on an idle machine
+from tests.lab.project import ROOT
+
+TIMEOUT_S = 300  # for what takes seconds on an idle machine
 ENDPOINT = "10.77.0.10:29500"
 LOSS = r"epoch \d/2 batch \d+/3 loss \d"
 
 
 def end_well(programs, machines) -> None:
     for program in programs:
-        assert program.wait(LIMIT_S) == 0, program.output
+        assert program.wait(TIMEOUT_S) == 0, program.output
     for machine in machines:
         assert machine.left() == []
 
@@ -24,12 +26,12 @@ def summary(machine) -> dict:
     return json.loads((machine.folder / "run" / "summary.json").read_text())
 
 
-# Ends when the machine has turned away a connection to a port where nobody listens.
+# Ends once the machine has refused a connection to a port on which no program listens.
 REFUSED = "until awk '/^Tcp:/ {n = $15} END {exit !(n > 0)}' /proc/net/snmp; do sleep 0.1; done"
 
 
 def steps_logged(machine) -> dict[str, int]:
-    """Lines of steps in each rank's log that lies on the machine."""
+    """The number of steps in each rank's log on the machine."""
     logs = sorted((machine.folder / "run").glob("rank*.jsonl"))
     return {log.stem: log.read_text().count('"loss"') for log in logs}
 
@@ -37,7 +39,7 @@ def steps_logged(machine) -> dict[str, int]:
 def test_by_four_variables_the_worker_first(make_lab, train):
     master, worker = make_lab(2).machines
     second = train(worker, rank=1, master=master.address)
-    master.run(["sh", "-c", REFUSED], LIMIT_S)
+    master.run(["sh", "-c", REFUSED], TIMEOUT_S)
     first = train(master, rank=0, master=master.address)
     end_well([first, second], [master, worker])
     for program in (first, second):  # loss by epoch and batch on both consoles
@@ -79,12 +81,12 @@ def set_up(make_lab, own="", endpoint=ENDPOINT, **lab):
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-def test_network_setups(make_lab, train, setup):
+def test_usual_network_setups_train_and_listen_inside_only(make_lab, train, setup):
     machines, endpoint = set_up(make_lab, **setup)
     flags = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint", endpoint, "--epochs=3000")
     first, second = (train(machine, *flags) for machine in machines)
     for program in (first, second):
-        program.wait_for(r"epoch 1/3000 batch 3/3 loss", LIMIT_S)
+        program.wait_for(r"epoch 1/3000 batch 3/3 loss", TIMEOUT_S)
     # Nobody listens to the whole world: the store has no password.
     for machine in machines:
         sockets = machine.run(["ss", "-Hltn"]).split("\n")
@@ -94,7 +96,7 @@ def test_network_setups(make_lab, train, setup):
         "rank 0 on" in first.output and "rank 0 on" not in second.output
     )  # rank 0 is the master's
     first.signal(2)
-    assert [program.wait(LIMIT_S) for program in (first, second)] == [130, 130]
+    assert [program.wait(TIMEOUT_S) for program in (first, second)] == [130, 130]
 
 
 @pytest.mark.parametrize("launcher", [True, False], ids=["ddp-launch", "four variables"])
@@ -110,7 +112,7 @@ def test_only_the_masters_port_is_open(make_lab, train, launcher):
             train(machine, rank=rank, master=machines[0].address)
     for machine in machines:
         program = machine.programs[-1]
-        assert program.wait(LIMIT_S) not in (0, None)
+        assert program.wait(TIMEOUT_S) not in (0, None)
         errors = [line for line in program.output.splitlines() if "error:" in line]
         assert len(errors) == 1, program.output
         assert "firewall" in errors[0] or "open all ports" in errors[0]
@@ -123,10 +125,10 @@ def test_the_dry_run_is_a_torchrun_command_that_trains(make_lab, train, tiny):
     programs = []
     for machine in machines:
         shown = train(machine, *flags, "--dry-run")
-        assert shown.wait(LIMIT_S) == 0
+        assert shown.wait(TIMEOUT_S) == 0
         assert "torchrun" in shown.output and "GLOO_SOCKET_IFNAME=eth0" in shown.output
         line = ["sh", "-c", shown.output]
-        programs.append(machine.start(line, cwd=Path(__file__).parents[1], PATH=path))
+        programs.append(machine.start(line, cwd=ROOT, PATH=path))
     end_well(programs, machines)
 
 
@@ -139,7 +141,7 @@ def test_what_the_user_has_set_wins(make_lab, train):
         "PET_MASTER_ADDR": "10.77.0.10", "PET_MASTER_PORT": "29501",
     }  # fmt: skip
     shown = train(machine, "--dry-run", "--nproc-per-node", "1", **own)
-    assert shown.wait(LIMIT_S) == 0
+    assert shown.wait(TIMEOUT_S) == 0
     for name, value in list(own.items())[:4]:
         assert f"{name}={value} " in shown.output
     rest = "--nnodes 2 --nproc-per-node 1 --max-restarts 0 --node-rank 1 --master-addr 10.77.0.10"
@@ -195,9 +197,9 @@ def test_a_difference_is_refused_by_machine_and_field(make_lab, train, tiny, tmp
     else:
         four = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "m0", "MASTER_PORT": "29500"}
         command = ["python", "-c", DIFFERENT_TORCH, *tiny]
-        programs.append(worker.start(command, cwd=Path(__file__).parents[1], **four))
+        programs.append(worker.start(command, cwd=ROOT, **four))
         named = "torch is '2.0.1' for rank 1 on m1, but"
     for program in programs:
-        assert program.wait(LIMIT_S) == 2, program.output
+        assert program.wait(TIMEOUT_S) == 2, program.output
         assert named in program.output and "Traceback" not in program.output
     assert [machine.processes() for machine in (master, worker)] == [[], []]

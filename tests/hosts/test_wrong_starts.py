@@ -2,7 +2,7 @@
 
 import pytest
 
-LIMIT_S = 300
+TIMEOUT_S = 300
 ENDPOINT = "10.77.0.10:29500"
 SOON = ("--join-timeout-s", "10")
 SQUATTER = """
@@ -31,16 +31,16 @@ print("sent")
 
 def causes(machines, status: int = 2) -> list[str]:
     """Each machine's one line of error, in order; it ended with the status, and left nothing."""
-    found = []
+    lines = []
     for machine in machines:
         program = machine.programs[-1]
-        assert program.wait(LIMIT_S) == status, program.output
+        assert program.wait(TIMEOUT_S) == status, program.output
         errors = [line for line in program.output.splitlines() if "error:" in line]
         assert len(errors) == 1, program.output
         assert "Traceback" not in program.output
         assert machine.left() == []
-        found += errors
-    return found
+        lines += errors
+    return lines
 
 
 def start_all(train, machines, ranks, sizes, *flags, master="10.77.0.10") -> None:
@@ -59,7 +59,7 @@ FOUR = {
 
 
 @pytest.mark.parametrize(("ranks", "sizes", "named"), FOUR.values(), ids=FOUR)
-def test_four_variables(make_lab, train, ranks, sizes, named):
+def test_wrong_variables_are_named_on_every_machine(make_lab, train, ranks, sizes, named):
     machines = make_lab(len(ranks)).machines
     started = [machine for machine, rank in zip(machines, ranks, strict=True) if rank is not None]
     for machine in started:
@@ -78,11 +78,11 @@ def test_rank_0_on_two_machines(make_lab, train):
 
 def test_the_masters_port_is_another_programs(make_lab, train):
     machines = make_lab(2).machines
-    machines[0].start(["python", "-c", SQUATTER]).wait_for("listens", LIMIT_S)
+    machines[0].start(["python", "-c", SQUATTER]).wait_for("listens", TIMEOUT_S)
     start_all(train, machines, [0, 1], [2, 2])
     squatter = machines[0].programs[0]
     for machine in machines:
-        machine.programs[-1].wait(LIMIT_S)
+        machine.programs[-1].wait(TIMEOUT_S)
     squatter.end()
     first, second = causes(machines)
     assert "MASTER_PORT=29500 cannot be opened" in first
@@ -93,9 +93,9 @@ def test_garbage_on_the_masters_port_harms_nobody(make_lab, train):
     master, worker, stray = make_lab(3).machines
     noise = stray.start(["python", "-c", GARBAGE])
     first = train(master, rank=0, master="m0")
-    noise.wait_for("sent", LIMIT_S)
+    noise.wait_for("sent", TIMEOUT_S)
     second = train(worker, rank=1, master="m0")
-    assert [program.wait(LIMIT_S) for program in (first, second)] == [0, 0], first.output
+    assert [program.wait(TIMEOUT_S) for program in (first, second)] == [0, 0], first.output
 
 
 # Each: each machine's own flags, and what its line holds.
@@ -112,7 +112,7 @@ LAUNCHED = {
 
 
 @pytest.mark.parametrize(("flags", "named"), LAUNCHED.values(), ids=LAUNCHED)
-def test_ddp_launch(make_lab, train, flags, named):
+def test_a_wrong_launch_is_named_on_every_machine(make_lab, train, flags, named):
     machines = make_lab(len(flags)).machines
     for machine, own in zip(machines, flags, strict=True):
         line = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint", ENDPOINT, *SOON, *own]

@@ -4,31 +4,31 @@ import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rattler import MatchSpec
 
-ROOT = Path(__file__).parents[2]
+from tests.lab.project import ROOT
+
 Spec = str | dict[str, list[str]]
 
 
 def dependencies() -> list[Spec]:
-    found: list[Spec] = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    return found
+    specs: list[Spec] = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    return specs
 
 
 def wrong_specs(specs: list[Spec]) -> list[str]:
-    found = []
+    wrong = []
     for spec in specs:
         if isinstance(spec, str):
             try:
                 MatchSpec(spec, strict=True)
             except Exception as error:
-                found.append(f"{spec}: {error}")
-    return found
+                wrong.append(f"{spec}: {error}")
+    return wrong
 
 
 def dry_run(lines: list[str]) -> "subprocess.CompletedProcess[str]":
@@ -48,6 +48,7 @@ def test_conda_understands_each_spec():
     assert wrong_specs(dependencies()) == []
 
 
+@pytest.mark.process
 def test_pip_resolves_its_section():
     section: Any = dependencies()[-1]
     done = dry_run(section["pip"])
@@ -61,6 +62,7 @@ def test_a_wrong_spec_is_seen(spec):
     assert len(wrong_specs([spec])) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("line", ["torch==99", "-r requirement.txt", "torch=>2", "-e ./nowhere"])
 def test_a_wrong_pip_line_is_seen(line):
     assert dry_run([line]).returncode != 0

@@ -1,4 +1,4 @@
-"""The image and compose.yaml, built and run; README's own lines, with podman in docker's place."""
+"""The image and compose.yaml, built and run; README's own lines, with podman instead of docker."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import pty
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,20 +15,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import containers
-import machines
 import pytest
-import readme
 import yaml
-from containers import IMAGE, ROOT
-from machines import Lab
 
-LIMIT_S = 600  # for what takes seconds on a free machine
+from tests.lab import containers, namespaces, readme
+from tests.lab.containers import IMAGE
+from tests.lab.machines import Lab
+from tests.lab.ports import free_port
+from tests.lab.project import ROOT
+
+TIMEOUT_S = 600  # for what takes seconds on a free machine
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 README_MASTER = "192.168.1.10"
 OWNER = 4321  # of the mounted folders: a number that the image does not know
 
-lacks = machines.missing() or containers.missing()
+lacks = namespaces.missing() or containers.missing()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def on_a_terminal(command: list[str], cwd: Path) -> tuple[int, str]:
             if not part:
                 break
             seen += part
-    return process.wait(LIMIT_S), seen.decode(errors="replace")
+    return process.wait(TIMEOUT_S), seen.decode(errors="replace")
 
 
 def docker_lines(*words: str) -> list[str]:
@@ -87,18 +87,19 @@ def docker_lines(*words: str) -> list[str]:
 
 def run(*words: str) -> "subprocess.CompletedProcess[str]":
     command = ["podman", "run", "--rm", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 # The files
 
 
+@pytest.mark.process
 def test_composes_file_is_valid_and_a_changed_name_is_seen(tmp_path):
     def status(text: str) -> int:
         path = tmp_path / "compose.yaml"
         path.write_text(text)
         command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
-        done = subprocess.run([sys.executable, *command], capture_output=True, timeout=LIMIT_S)
+        done = subprocess.run([sys.executable, *command], capture_output=True, timeout=TIMEOUT_S)
         return done.returncode
 
     text = COMPOSE.read_text()
@@ -138,7 +139,7 @@ class TestImage:
                 network = f"--net=/proc/{machine.namespaces.pid}/ns/net"
                 command = ["nsenter", network, "bash", "-c", line]
                 runs.append(pool.submit(on_a_terminal, command, folder))
-            ends = [one.result(3 * LIMIT_S) for one in runs]
+            ends = [run.result(3 * TIMEOUT_S) for run in runs]
         print(*(output for _, output in ends), sep="\n")
         assert [status for status, _ in ends] == [0, 0], ends
         assert "2 rank(s)" in ends[0][1] and "lies inside this container" not in ends[0][1]
@@ -153,9 +154,9 @@ class TestImage:
         done = run(*mount, IMAGE, *DATA.split(), "--epochs", "1")
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
-        told = next(i for i, line in enumerate(lines) if "lies inside this container" in line)
-        assert "-v FOLDER_OF_YOURS:/home/app/runs" in lines[told]
-        assert told < next(i for i, line in enumerate(lines) if "epoch" in line)
+        at = next(i for i, line in enumerate(lines) if "lies inside this container" in line)
+        assert "-v FOLDER_OF_YOURS:/home/app/runs" in lines[at]
+        assert at < next(i for i, line in enumerate(lines) if "epoch" in line)
 
     def test_a_folder_of_another_user_is_refused_with_the_cure(self, podman, folder):
         mount = ("-v", f"{folder}/runs:/home/app/runs")
@@ -181,11 +182,11 @@ class TestImage:
         containers.run(["podman", *words])
         try:
             wait_for_log(name, r"batch \d+/")
-            containers.run(["podman", "stop", "--time", str(LIMIT_S), name])
+            containers.run(["podman", "stop", "--time", str(TIMEOUT_S), name])
             log = logs(name)
             state = containers.run(["podman", "inspect", "--format", "{{.State.ExitCode}}", name])
         finally:
-            subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=LIMIT_S)
+            subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=TIMEOUT_S)
         assert state.strip() == "143" and "stopped by signal 15" in log, log
         assert (folder / "runs" / "default" / "checkpoint.pt").exists()
 
@@ -200,7 +201,7 @@ class TestImage:
             token = re.search(r"token=(\w+)", logs(name))[1]
             check_lab(port, token)
         finally:
-            subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=LIMIT_S)
+            subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=TIMEOUT_S)
 
     def test_compose_trains_and_serves_the_notebooks(self, podman, folder):
         port = free_port()
@@ -236,7 +237,7 @@ class TestImage:
 
 def bash(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=2 * LIMIT_S
+        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=2 * TIMEOUT_S
     )
 
 
@@ -246,26 +247,20 @@ def logs(name: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT_S,
+        timeout=TIMEOUT_S,
     )
     return done.stdout
 
 
 def wait_for_log(name: str, pattern: str) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not re.search(pattern, text := logs(name)):
         assert time.monotonic() < deadline, text
         time.sleep(0.5)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until_open(port: int) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
             ask(port, "api")
@@ -283,7 +278,7 @@ def ask(port: int, path: str, token: str = "", post: bool = False) -> tuple[int,
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=LIMIT_S) as answer:
+        with opener.open(request, timeout=TIMEOUT_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, ""
@@ -293,7 +288,7 @@ def check_lab(port: int, token: str) -> None:
     """The course is there, a kernel starts, and without the token there is nothing."""
     assert ask(port, "api/contents/notebooks")[0] == 403
     status, text = ask(port, "api/contents/notebooks", token)
-    names = {one["name"] for one in json.loads(text)["content"]}
+    names = {entry["name"] for entry in json.loads(text)["content"]}
     ours = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert status == 200 and ours <= names
     assert ask(port, "api/kernels", token, post=True)[0] == 201

@@ -5,21 +5,22 @@ import json
 import re
 from pathlib import Path
 
-import machines
-import manifests
 import pytest
-import readme
-from machines import Lab
-from manifests import Manifest, Pod
 
-HERE = Path(__file__).parent
-FOLDER = HERE.parents[1] / "deploy" / "kubernetes"
+from tests.lab import manifests, namespaces, readme
+from tests.lab.machines import Lab
+from tests.lab.manifests import Manifest, Pod
+from tests.lab.program import Program
+from tests.lab.project import ROOT
+
+LATE_DNS = str(ROOT / "tests" / "lab" / "late_dns.py")
+FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-LIMIT_S = 600  # for what takes seconds on a free machine
+TIMEOUT_S = 600  # for what takes seconds on a free machine
 SERVER_ADDRESS = "127.0.0.1"
 DOMAIN = "default.svc.cluster.local"
 
-lacks = machines.missing()
+lacks = namespaces.missing()
 
 
 def on_machines(test):
@@ -31,8 +32,8 @@ def job() -> list[Manifest]:
 
 
 def trainjob() -> Manifest:
-    [found] = manifests.load(FOLDER / "trainjob.yaml")
-    return found
+    [manifest] = manifests.load(FOLDER / "trainjob.yaml")
+    return manifest
 
 
 # The files
@@ -40,18 +41,18 @@ def trainjob() -> Manifest:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_manifest_is_valid(path):
-    assert [fault for one in manifests.load(path) for fault in manifests.faults(one)] == []
+    assert [fault for part in manifests.load(path) for fault in manifests.faults(part)] == []
 
 
 def changed(manifest: object):
     """The manifest with one field renamed by a letter, or with one value of another type, each."""
 
-    def places(node: object, where: tuple = ()):
+    def paths_in(node: object, where: tuple = ()):
         children = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in children:
             yield (*where, key)
             if isinstance(value, dict | list):
-                yield from places(value, (*where, key))
+                yield from paths_in(value, (*where, key))
 
     def copy_at(where: tuple):
         whole = copy.deepcopy(manifest)
@@ -61,7 +62,7 @@ def changed(manifest: object):
         return whole, node
 
     free = {"labels", "selector", "requests", "limits", "annotations"}  # any name is right in these
-    for where in places(manifest):
+    for where in paths_in(manifest):
         if free & set(map(str, where[:-1])):
             continue
         if isinstance(where[-1], str):
@@ -77,22 +78,22 @@ def changed(manifest: object):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_changed_field_or_type_is_seen(path):
     unseen = []
-    for one in manifests.load(path):
-        for what, whole in changed(one):
+    for part in manifests.load(path):
+        for what, whole in changed(part):
             try:
                 seen = bool(manifests.faults(whole))
             except (KeyError, AttributeError):  # without a kind or a version there is no schema
                 seen = True
             if not seen:
-                unseen.append(f"{one['kind']}: {what}")
+                unseen.append(f"{part['kind']}: {what}")
     assert unseen == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_pods_are_not_root_and_keep_the_run(path):
     """Of the Job, or of the TrainJob's patch: the same promises."""
-    for one in manifests.load(path):
-        for spec in pod_specs(one):
+    for part in manifests.load(path):
+        for spec in pod_specs(part):
             [container] = spec["containers"]
             assert spec["securityContext"]["runAsNonRoot"] is True
             assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsUser"] > 0
@@ -117,7 +118,7 @@ def pod_specs(node: object) -> list[Manifest]:
 # The pods
 
 
-def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[machines.Program]:
+def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[Program]:
     """Runs each pod's command, with `more` words, on a machine of its name; names resolve late."""
     with Lab(len(pods), folder, names=[pod.name for pod in pods]) as lab:
         records = [
@@ -133,12 +134,12 @@ def rehearse(pods: list[Pod], folder: Path, more: list[str]) -> list[machines.Pr
         for pod, machine in zip(pods, lab.machines, strict=True):
             machine.write_hosts({pod.name: machine.address})  # as the kubelet does
             machine.run(["mount", "--bind", str(resolv), "/etc/resolv.conf"])
-            servers.append(machine.start(["python", str(HERE / "late_dns.py"), "3", *records]))
-            servers[-1].wait_for("serves", LIMIT_S)
+            servers.append(machine.start(["python", LATE_DNS, "3", *records]))
+            servers[-1].wait_for("serves", TIMEOUT_S)
         for pod, machine in zip(pods, lab.machines, strict=True):
             programs.append(machine.start([*pod.command, *more], **pod.environment))
         for program in programs:
-            assert program.wait(LIMIT_S) == 0, "\n".join(p.output for p in programs)
+            assert program.wait(TIMEOUT_S) == 0, "\n".join(p.output for p in programs)
         assert any("late" in server.output for server in servers)
         return programs
 

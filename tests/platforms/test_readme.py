@@ -3,16 +3,16 @@
 import json
 import shlex
 
-import machines
 import pytest
-import readme
-from machines import Lab
+
+from tests.lab import namespaces, readme
+from tests.lab.machines import Lab
 
 SECTIONS = ("By container", "By torchrun", "By SLURM", "By Kubernetes")
 ENDPOINT = "192.168.1.10:29500"
-LIMIT_S = 600  # for what takes seconds on a free machine
+TIMEOUT_S = 600  # for what takes seconds on a free machine
 
-lacks = machines.missing()
+lacks = namespaces.missing()
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
@@ -44,7 +44,7 @@ def test_torchruns_lines_train_on_two_machines(number, tmp_path, images_folder, 
         words += f"--data {images_folder} --epochs 1 --data-dir {shared_cache}".split()
         programs = [machine.start(words, OMP_NUM_THREADS="1") for machine in lab.machines]
         for program in programs:
-            assert program.wait(LIMIT_S) == 0, "\n".join(one.output for one in programs)
+            assert program.wait(TIMEOUT_S) == 0, "\n".join(p.output for p in programs)
     [summary] = tmp_path.glob("machine*/runs/default/summary.json")
     assert json.loads(summary.read_text())["world_size"] == 2
     assert summary.with_name("cifar_net.pth").exists()

@@ -8,20 +8,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import machines
 import psutil
 import pytest
-import readme
-import slurm
-from machines import Lab
-from slurm import Slurm, wait_for_text
 
-ROOT = Path(__file__).parents[2]
+from tests.lab import namespaces, readme, slurm
+from tests.lab.machines import Lab, Machine
+from tests.lab.project import ROOT
+from tests.lab.slurm import Slurm, wait_for_text
+
 SCRIPT = "deploy/slurm/train.sbatch"
-LIMIT_S = 600  # for what takes seconds on a free machine
+TIMEOUT_S = 600  # for what takes seconds on a free machine
 
-lacks = machines.missing() or slurm.missing()
-pytestmark = [pytest.mark.platforms, pytest.mark.skipif(bool(lacks), reason=lacks)]
+lacks = namespaces.missing() or slurm.missing()
+pytestmark = [
+    pytest.mark.platforms,
+    pytest.mark.skipif(bool(lacks), reason=lacks),
+]
 
 # A run that goes on until it is stopped, and writes a checkpoint at every chance.
 LONG = "--epochs 5000 --checkpoint-every-s 0.1".split()
@@ -46,12 +48,12 @@ class Job:
         self.run_dir = folder / "runs" / f"ddp-{self.number}"
 
     def says(self, pattern: str, count: int = 1) -> None:
-        wait_for_text(self.out, pattern, LIMIT_S, count)
+        wait_for_text(self.out, pattern, TIMEOUT_S, count)
 
     def ends_as(self, state: str) -> str:
         """Its output, once the job has ended, in this state."""
-        found = self.cluster.wait_for_state(self.number, *slurm.ENDS, limit_s=LIMIT_S)
-        assert found == state, self.out.read_text()
+        reached = self.cluster.wait_for_state(self.number, *slurm.ENDS, timeout_s=TIMEOUT_S)
+        assert reached == state, self.out.read_text()
         return self.out.read_text()
 
 
@@ -70,7 +72,7 @@ def submit(cluster: Slurm, tmp_path: Path, images_folder: Path, shared_cache: st
         cluster.run("scancel", "--quiet", job.number)
 
 
-def ranks_on(machine: machines.Machine) -> list[psutil.Process]:
+def ranks_on(machine: Machine) -> list[psutil.Process]:
     return [p for p in machine.processes() if "--run-dir" in p.cmdline() and "srun" not in p.name()]
 
 
@@ -112,12 +114,12 @@ def test_a_tasks_sigterm_requeues_the_job_and_it_resumes(cluster, submit):
 def test_a_killed_node_requeues_the_job_and_it_resumes(cluster, submit):
     job = submit(*LONG)
     job.says(r"batch \d+/")
-    wait_for_text(job.run_dir / "rank0.jsonl", '"checkpoint"', LIMIT_S)
+    wait_for_text(job.run_dir / "rank0.jsonl", '"checkpoint"', TIMEOUT_S)
     node = cluster.lab.machines[1]
     assert ranks_on(node)
     node.end_all()
-    # By the script, or by SLURM, where it misses the node before the script has seen its ranks end.
-    cluster.wait_for_state(job.number, "PENDING", limit_s=LIMIT_S)
+    # The script requeues it, or SLURM does if it misses the node before the script has seen its ranks end.
+    cluster.wait_for_state(job.number, "PENDING", timeout_s=TIMEOUT_S)
     cluster.start_node(node)
     job.says(r"start 2\b")
     job.says(r"resuming \S+ at step [1-9]\d* of")

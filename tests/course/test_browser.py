@@ -1,0 +1,168 @@
+"""A walk through the course as a reader takes it: JupyterLab in Chromium, Run All, all is well.
+
+Skipped where no Chromium is installed; `.ci/run` installs it.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.lab.ports import free_port
+from tests.lab.project import ROOT
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+# For a page to load or a kernel to start, and for a whole notebook to run, on a slow machine.
+START_S, RUN_S = 120, 480
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium"),
+]
+
+# No news, no dialogs; and all cells on the page, also those that are scrolled out of sight.
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}
+PROMPTS = (
+    "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
+)
+OUTPUTS = ".jp-CodeCell .jp-OutputArea-output"
+ERRORS = f"{OUTPUTS}[data-mime-type='application/vnd.jupyter.error']"
+
+
+def wait_until(there: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A JupyterLab server, as `make lab` starts it."""
+
+    url: str
+    log: Path
+
+    def get(self, path: str) -> list | dict:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": "token t"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def is_up(self) -> bool:
+        try:
+            return bool(self.get("/api/status"))
+        except OSError:
+            return False
+
+    def kernel_is_idle(self) -> bool:
+        return [s["kernel"]["execution_state"] for s in self.get("/api/sessions")] == ["idle"]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """In a copy of the notebooks, since JupyterLab saves what it has run."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for name, values in SETTINGS.items():
+        file = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    port = free_port()
+    # A home of its own: nothing of this machine's user changes what is seen, or is changed.
+    env = os.environ | {
+        "HOME": str(tmp_path),
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+    }
+    options = f"--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token=t --allow-root"
+    shown = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True)
+    command = re.search(
+        r"^\.venv/bin/(jupyter lab notebooks/00_start_here\.ipynb)$", shown.stdout, re.M
+    )
+    assert command, shown.stdout
+    words = f"{ROOT / '.venv' / 'bin'}/{command[1]} {options}".split()
+    log = tmp_path / "server.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(words, env=env, cwd=tmp_path, stdout=file, stderr=file)
+        try:
+            here = Lab(f"http://127.0.0.1:{port}", log)
+            wait_until(here.is_up, "JupyterLab answers", START_S)
+            yield here
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    quiet = "--disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    # Chromium's sandbox refuses to run as root, as continuous integration does.
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet.split(), *root])
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.set_default_timeout(START_S * 1000)
+        yield page
+        browser.close()
+
+
+def run_all(page, lab: Lab) -> None:
+    from playwright.sync_api import TimeoutError
+
+    wait_until(lab.kernel_is_idle, "the kernel is idle", START_S)
+    for _ in range(10):  # before the page itself has reached its kernel, it drops a Run All
+        page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+        page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+        try:
+            page.wait_for_function(f"() => {PROMPTS}.some(p => /[0-9*]/.test(p))", timeout=4000)
+            return
+        except TimeoutError:
+            continue
+    raise AssertionError("Run All Cells starts nothing")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["00_start_here", "01_process_groups", "04_training_run"])
+def test_a_notebook_runs_in_jupyterlab(name, lab, page, tmp_path):
+    path = tmp_path / "notebooks" / f"{name}.ipynb"
+    notebook = json.loads(path.read_text())
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
+    for cell in cells:  # so that what the page shows comes from this run, not from the file
+        cell.update(outputs=[], execution_count=None)
+    path.write_text(json.dumps(notebook))
+    page_errors: list[str] = []
+    page.on("pageerror", lambda error: page_errors.append(str(error)))
+
+    page.goto(f"{lab.url}/lab/tree/{name}.ipynb?reset&token=t")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    run_all(page, lab)
+    page.wait_for_function(
+        f'() => {PROMPTS}.every(p => /^\\[\\d+\\]:$/.test(p)) || document.querySelector("{ERRORS}")',
+        timeout=RUN_S * 1000,
+    )
+    page.screenshot(path=tmp_path / "end.png")
+
+    assert page.locator(ERRORS).all_inner_texts() == []
+    assert page.evaluate(PROMPTS) == [f"[{n}]:" for n in range(1, len(cells) + 1)]
+    widths = page.evaluate(
+        f"[...document.querySelectorAll('{OUTPUTS} img')]"
+        ".map(i => [i.naturalWidth, i.clientWidth, i.closest('.jp-OutputArea').clientWidth])"
+    )
+    assert len(widths) == pictures
+    assert all(natural > 0 and shown <= room for natural, shown, room in widths), widths
+    assert page_errors == []

@@ -1,0 +1,153 @@
+"""A decoded data set is kept, checked, and shared by the ranks of a machine."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+
+from ddp_lib.data import shapes
+from ddp_lib.data.dataset import load_dataset
+from ddp_lib.errors import UserError
+from tests.lab.datasets import quiet, refusal
+
+
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "TRAIN_IMAGES", 60)
+    monkeypatch.setattr(shapes, "TEST_IMAGES", 20)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_loads_and_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_dataset("shapes", tmp_path / "new" / "data", log=quiet)
+    assert first.name == "shapes" and first.classes == shapes.CLASSES
+    assert (len(first.train), len(first.test)) == (60, 20)
+    assert first.train.images.shape == (60, 32, 32, 3)
+    assert first.train.images.dtype == torch.uint8
+    assert first.train.labels.dtype == torch.int64
+    assert (first.train.images.numpy() == shapes.make_shapes(60, shapes.TRAIN_SEED)[0]).all()
+    pixels = first.train.images.double().flatten(0, 2) / 255
+    assert first.mean == pytest.approx(pixels.mean(dim=0).tolist())
+    assert first.std == pytest.approx(pixels.std(dim=0, correction=0).tolist())
+    assert len(first.digest) == 64
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "make_shapes", None)  # not called again
+        again = load_dataset("shapes", tmp_path / "new" / "data", log=quiet)
+    assert again.digest == first.digest
+    assert torch.equal(again.test.images, first.test.images)
+    assert load_dataset("shapes", tmp_path / "other", log=quiet).digest == first.digest
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_no_warning_of_a_read_only_array(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = load_dataset("shapes", tmp_path, log=quiet)
+    dataset.train.images[0] = 7  # reaches this process's copy only
+    assert not torch.equal(
+        load_dataset("shapes", tmp_path, log=quiet).train.images[0], dataset.train.images[0]
+    )
+
+
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("damage", ["cut", "missing", "meta cut", "meta missing", "older", "half"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
+    digest = load_dataset("shapes", tmp_path, log=quiet).digest
+    cache = tmp_path / "cache" / "shapes"
+    victim = cache / "train_images.npy"
+    match damage:
+        case "cut":
+            victim.write_bytes(victim.read_bytes()[:-100])
+        case "missing":
+            victim.unlink()
+        case "meta cut":
+            (cache / "meta.json").write_text((cache / "meta.json").read_text()[:50])
+        case "meta missing":
+            (cache / "meta.json").unlink()
+        case "older":
+            meta = json.loads((cache / "meta.json").read_text())
+            (cache / "meta.json").write_text(json.dumps(meta | {"made_from": "shapes version 0"}))
+        case "half":
+            cache.rename(tmp_path / "cache" / ".shapes.abcdefgh")  # what a killed maker leaves
+    again = load_dataset("shapes", tmp_path, log=quiet)
+    assert again.digest == digest
+    assert (again.train.images.numpy() == shapes.make_shapes(60, shapes.TRAIN_SEED)[0]).all()
+    assert sorted(p.name for p in cache.parent.iterdir()) == ["shapes", "shapes.lock"]
+
+
+def test_waiting_for_another_process_has_a_timeout(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    said: list[str] = []
+    with filelock.FileLock(tmp_path / "cache" / "shapes.lock"), pytest.raises(UserError) as caught:
+        load_dataset("shapes", tmp_path, timeout_s=0.2, log=said.append)
+    assert "0.2 s" in str(caught.value) and "--data-timeout-s" in str(caught.value)
+    assert len(said) == 1 and "waiting" in said[0]
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_an_unusable_data_dir_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = refusal("shapes", tmp_path / "file" / "data")
+    assert str(tmp_path / "file" / "data") in line and "--data-dir" in line
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    # Files may grow to 100 kB only: writing fails half-way as it does on a full disk.
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from ddp_lib.data import shapes; shapes.TRAIN_IMAGES = 100\n"
+        "from ddp_lib import load_dataset\n"
+        "from ddp_lib.errors import UserError\n"
+        "try: load_dataset('shapes', sys.argv[1], log=lambda text: None)\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert "cannot keep the data set in" in done.stdout, done.stderr
+    assert "File too large" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["shapes.lock"]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's memory accounts")
+def test_ranks_share_the_images_memory(tmp_path: Path) -> None:
+    load_dataset("shapes", tmp_path, log=quiet)
+    script = (
+        "import sys\n"
+        "from ddp_lib import load_dataset\n"
+        "images = load_dataset('shapes', sys.argv[1]).train.images\n"
+        "images.sum(); print('ready', flush=True); sys.stdin.readline()\n"
+        "account = open('/proc/self/smaps').read().split('train_images.npy')[1]\n"
+        "rows = dict(line.split(':') for line in account.splitlines()[1:20] if 'kB' in line)\n"
+        "print(*(int(rows[k].split()[0]) for k in ('Rss', 'Pss', 'Private_Dirty')), flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        assert all(p.stdout and p.stdout.readline() == "ready\n" for p in ranks)
+        for process in ranks:
+            assert process.stdin and process.stdout
+            process.stdin.write("\n")
+            process.stdin.flush()
+            resident, proportional, own = map(int, process.stdout.readline().split())
+            assert resident > 29_000 and proportional < 0.6 * resident and own == 0
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,137 @@
+"""A folder of images: any mode and size is read, and what cannot be read is named."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddp_lib.data.batch import make_batch
+from ddp_lib.data.dataset import load_dataset
+from tests.lab.datasets import quiet, refusal
+
+
+def flat(colour: Any, mode: str = "RGB", size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, red and blue; three training images and one test image each."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 3), ("test", 1)):
+        for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 100))):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                flat(colour).save(root / split / name / f"{number}.png")
+    return root
+
+
+def test_a_folder_of_images_is_read(tmp_path: Path, folder: Path) -> None:
+    for name in (".DS_Store", "Thumbs.db", "README.txt", "._0.png"):
+        (folder / "train" / "red" / name).write_text("no image")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    said: list[str] = []
+    dataset = load_dataset(str(folder), tmp_path / "data", log=said.append)
+    assert dataset.classes == ("blue", "red")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.test.labels.tolist() == [0, 1]
+    assert (dataset.train.images[0] == torch.tensor([0, 0, 100])).all()
+    assert (dataset.test.images[1] == torch.tensor([200, 0, 0])).all()
+    assert dataset.mean == pytest.approx([100 / 255, 0, 50 / 255])
+    assert dataset.std[1] == 1 / 255  # one flat value, and nothing divides by zero
+    x, _ = make_batch(dataset.train, torch.arange(6), dataset)
+    assert x.isfinite().all()
+    assert not any("resized" in line for line in said)
+
+
+def test_folder_is_read_again_when_it_changed(tmp_path: Path, folder: Path) -> None:
+    first = load_dataset(str(folder), tmp_path / "data", log=quiet)
+    said: list[str] = []
+    load_dataset(str(folder), tmp_path / "data", log=said.append)
+    assert said == []
+    path = folder / "train" / "red" / "1.png"
+    before = path.stat()
+    flat((201, 0, 0)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # however coarse the clock
+    changed = load_dataset(str(folder), tmp_path / "data", log=quiet)
+    assert changed.digest != first.digest
+    assert changed.train.images[4, 0, 0, 0] == 201
+    assert first.train.images[4, 0, 0, 0] == 200  # whoever mapped the old one keeps it
+    flat((9, 9, 9)).save(folder / "test" / "red" / "new.png")
+    assert len(load_dataset(str(folder), tmp_path / "data", log=quiet).test) == 3
+
+
+@pytest.mark.parametrize(
+    ("image", "ending", "expected"),
+    [
+        (flat(120, "L"), "png", (120, 120, 120)),
+        (flat(1, "1"), "png", (255, 255, 255)),
+        (flat((10, 20, 30, 128), "RGBA"), "png", (10, 20, 30)),
+        (flat((10, 200), "LA"), "png", (10, 10, 10)),
+        (flat((255, 0, 0)).quantize(4), "png", (255, 0, 0)),
+        (flat((0, 255, 255, 0), "CMYK"), "jpg", (254, 0, 0)),
+        (flat(30_000, "I;16"), "png", (117, 117, 117)),
+        (flat((50, 60, 70), size=(300, 7)), "bmp", (50, 60, 70)),
+        (flat((50, 60, 70), size=(2000, 1500)), "JPEG", (50, 60, 70)),
+        (flat((50, 60, 70), size=(1, 1)), "webp", (50, 60, 70)),
+        (flat((250, 0, 0), size=(40, 40)), "gif", (250, 0, 0)),
+    ],
+)
+def test_folder_takes_any_mode_and_size(
+    tmp_path: Path, folder: Path, image: Image.Image, ending: str, expected: tuple[int, ...]
+) -> None:
+    image.save(folder / "test" / "red" / f"other.{ending}")
+    said: list[str] = []
+    dataset = load_dataset(str(folder), tmp_path / "data", log=said.append)
+    pixels = dataset.test.images[2].to(torch.int64)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels - torch.tensor(expected)).abs().max() <= 3
+    resized = [line for line in said if "resized" in line]
+    assert len(resized) == (0 if image.size == (32, 32) else 1)
+    assert all(" 1 " in line for line in resized)
+
+
+def test_folder_turns_photographs_upright(tmp_path: Path, folder: Path) -> None:
+    image = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 32, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    image.save(folder / "test" / "red" / "z.png", exif=exif)
+    pixels = load_dataset(str(folder), tmp_path / "data", log=quiet).test.images[2]
+    assert pixels[0, 0, 0] == 248 and pixels[31, 0, 0] == 0
+
+
+def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, folder: Path) -> None:
+    into = tmp_path / "data"
+    line = refusal("cifr10", into)
+    assert "'cifr10'" in line and "shapes" in line and "cifar10" in line
+    bad = folder / "test" / "red" / "0.png"
+
+    whole = bad.read_bytes()
+    for content in (b"", b"no image at all", whole[:60]):
+        bad.write_bytes(content)
+        assert f"image {bad} cannot be read" in refusal(str(folder), into)
+    bad.unlink()
+    assert f"class folder {bad.parent} holds no images" in refusal(str(folder), into)
+    bad.symlink_to(tmp_path / "gone.png")
+    assert str(bad) in refusal(str(folder), into)
+    bad.unlink()
+    bad.parent.rmdir()
+    assert "differ: 'red' only in train" in refusal(str(folder), into)
+    (folder / "test" / "Red").mkdir()
+    flat(1, "L").save(folder / "test" / "Red" / "0.png")
+    assert "'Red' only in test, 'red' only in train" in refusal(str(folder), into)
+    (folder / "test").rename(folder / "validation")
+    assert f"{folder} has no folder test/" in refusal(str(folder), into)
+    cached = list((into / "cache").iterdir()) if (into / "cache").exists() else []
+    assert [p for p in cached if p.suffix != ".lock"] == []  # nothing half-made stays
+
+
+def test_folder_of_one_class_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        flat(1, "L").save(tmp_path / split / "only" / "0.png")
+    assert "a classifier needs two" in refusal(str(tmp_path), tmp_path / "data")

@@ -1,0 +1,100 @@
+"""The environment is read, or refused with one line, before any socket opens."""
+
+import pytest
+
+from ddp_lib.distributed.environment import RankEnv, first_host, read_rank_env, tasks_per_node
+from ddp_lib.errors import UserError
+
+FOUR = {"MASTER_ADDR": "m", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+}
+
+
+def test_without_variables_a_rank_is_alone():
+    assert read_rank_env({}) == RankEnv()
+
+
+def test_four_variables_mean_one_process_a_machine():
+    rank_env = read_rank_env(FOUR)
+    assert (rank_env.rank, rank_env.world_size, rank_env.local_rank, rank_env.local_world_size) == (
+        3,
+        4,
+        0,
+        1,
+    )
+    assert (rank_env.node, rank_env.master_addr, rank_env.master_port) == (3, "m", 29500)
+
+
+def test_torchruns_variables_are_read():
+    rank_env = read_rank_env(FOUR | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"})
+    assert (rank_env.local_rank, rank_env.local_world_size, rank_env.node) == (1, 2, 1)
+
+
+def test_slurm_in_a_job_step():
+    rank_env = read_rank_env(SLURM)
+    assert (rank_env.rank, rank_env.world_size, rank_env.local_rank, rank_env.local_world_size) == (
+        3,
+        4,
+        1,
+        2,
+    )
+    assert (rank_env.node, rank_env.master_addr, rank_env.source) == (1, "gpu07", "SLURM")
+    assert 1024 < rank_env.master_port < 32768
+
+
+def test_sbatch_script_is_no_step():
+    outside = {k: v for k, v in SLURM.items() if k not in ("SLURM_STEP_ID", "SLURM_PROCID")}
+    assert read_rank_env(outside) == RankEnv()
+
+
+def test_rank_wins_over_slurm_and_flags_over_both():
+    assert read_rank_env(SLURM | FOUR).source == "environment"
+    assert read_rank_env(SLURM | FOUR, rank=1, world_size=2).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"RANK": None}, ["RANK is not set"]),
+        ({"WORLD_SIZE": None}, ["WORLD_SIZE is not set"]),
+        ({"MASTER_ADDR": None}, ["MASTER_ADDR is not set"]),
+        ({"MASTER_ADDR": " "}, ["MASTER_ADDR"]),
+        ({"MASTER_PORT": None}, ["MASTER_PORT is not set", "29500"]),
+        ({"RANK": "one"}, ["RANK='one'"]),
+        ({"RANK": ""}, ["RANK is empty"]),
+        ({"RANK": "4"}, ["RANK=4", "0 to 3"]),
+        ({"RANK": "-1"}, ["RANK=-1"]),
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE='two'"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE=0"]),
+        ({"MASTER_PORT": "ssh"}, ["MASTER_PORT='ssh'", "1 to 65535"]),
+        ({"MASTER_PORT": "0"}, ["MASTER_PORT='0'"]),
+        ({"MASTER_PORT": "65536"}, ["MASTER_PORT='65536'"]),
+        ({"LOCAL_WORLD_SIZE": "5"}, ["LOCAL_WORLD_SIZE=5"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK=1", "LOCAL_WORLD_SIZE=1"]),
+        ({"RANK": None, "WORLD_SIZE": None}, ["MASTER_ADDR='m'", "RANK"]),
+    ],
+)
+def test_refused_with_one_line(changes, named):
+    env = {k: v for k, v in (FOUR | changes).items() if v is not None}
+    with pytest.raises(UserError) as refused:
+        read_rank_env(env)
+    line = str(refused.value)
+    assert "\n" not in line
+    for part in named:
+        assert part in line
+
+
+def test_slurms_lists_of_nodes_are_read():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert first_host("gpu[07-09,12],login1") == "gpu07"
+    assert first_host("node1,node2") == "node1"
+    assert first_host("a[1-2]b[03,05]") == "a1b03"
+    assert first_host("solo") == "solo"

@@ -1,0 +1,107 @@
+"""Joining and leaving the process group."""
+
+import sys
+
+import pytest
+import torch
+
+from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.coordination import all_gather_results, broadcast_result, compare
+from ddp_lib.distributed.world import World
+from tests.lab.joining import four, outcome, start
+from tests.lab.ports import free_port
+
+
+def test_alone_needs_no_group():
+    with World.join(environ={}) as world:
+        assert (world.rank, world.world_size, world.backend) == (0, 1, "none")
+        assert world.sum(torch.ones(2)).tolist() == [1, 1]
+        assert broadcast_result(world, "x", lambda: {"a": 1}, 1) == {"a": 1}
+        assert all_gather_results(world, "x", lambda: 7, 1) == [7]
+        assert broadcast_bytes(world, b"abc") == b"abc" and gather_bytes(world, b"z") == [b"z"]
+        compare(world, "data", {"a": 1}, "cure", 1)
+
+
+STUCK = """
+import time
+import torch.distributed as dist
+from ddp_lib import World
+dist.is_initialized = lambda: True
+def destroy_process_group(): time.sleep(1000)
+dist.destroy_process_group = destroy_process_group
+World(world_size=2, timeout_s=0.2).leave()
+"""
+
+
+@pytest.mark.ranks
+def test_leaving_a_group_that_never_ends_times_out():
+    status, text = outcome(start(code=STUCK))
+    assert status == 1
+    assert "Timeout" in text and "in destroy_process_group" in text and "in leave" in text
+
+
+@pytest.mark.ranks
+def test_the_worker_may_be_started_first():
+    port = free_port()
+    worker = start(**four(1, port))
+    master = start(**four(0, port))
+    assert outcome(master)[0] == 0
+    code, text = outcome(worker)
+    assert (code, text.strip()) == (0, "sum 2 of 2")
+
+
+THREADS = """
+import torch
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+from ddp_lib import World
+def threads():
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+with World.join() as world:
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    print("before:", *threads())
+    del model
+print("after:", *threads())
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in Linux's /proc")
+def test_no_thread_of_the_group_outlives_it():
+    """One that frees what Python owns while the interpreter goes down would abort it."""
+    port = free_port()
+    for process in [start(code=THREADS, **four(rank, port)) for rank in (0, 1)]:
+        code, text = outcome(process)
+        before, _, after = text.partition("after:")
+        assert code == 0 and "gloo" in before and after and "gloo" not in after
+
+
+LEAVE = """
+import torch, torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from ddp_lib import World
+
+def train():
+    net = DDP(nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 1)))
+    for _ in range(3):
+        net(torch.ones(4, 50)).sum().backward()
+    if FAIL:
+        raise KeyError("on purpose")
+
+with World.join(join_timeout_s=30) as world:
+    train()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_model_left_in_a_function_does_not_abort_at_exit(fail):
+    for _ in range(2):
+        port = free_port()
+        code = LEAVE.replace("FAIL", str(fail))
+        started = [start(30, code, **four(rank, port)) for rank in (0, 1)]
+        for process in started:
+            status, text = outcome(process)
+            assert status == (1 if fail else 0), text
+            assert "terminate called" not in text

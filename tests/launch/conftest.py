@@ -1,0 +1,66 @@
+"""ddp-launch around a program of some lines, instead of the training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab.agent import Start
+from tests.lab.processes import clean_environment
+
+# The agent as `ddp-launch train` starts it, around another program than the training.
+AGENT = """
+import sys
+from ddp_lib.launch import main as launch
+from ddp_lib.processes.exit_status import as_exit_status
+from tests.lab.rank_script import run
+launch._LIMIT_S = float(sys.argv[1])
+launch.PRELOAD = ["torch"]  # all that the workers below need: half of what a training loads
+flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
+with as_exit_status() as outcome:
+    outcome.status = launch.start_agent(flags, 20.0, run, sys.argv[2])
+sys.exit(outcome.status)
+"""
+
+# What every worker below starts with: `note` leaves a file, `wait_for` waits for another's.
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from ddp_lib.errors import UserError
+from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.signals import StopSignal
+here, rank = Path(__file__).parent, int(os.environ["RANK"])
+def note(name, text=""):
+    (here / "new").mkdir(exist_ok=True)
+    path = here / "new" / f"{name}{rank}"
+    path.write_text(text)
+    path.replace(here / f"{name}{rank}")
+def wait_for(name):
+    while not (here / name).exists():
+        time.sleep(0.02)
+def for_ever():
+    while True:
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, started: list[subprocess.Popen[str]]) -> Start:
+    """Starts ddp-launch around a worker of these lines."""
+
+    def run(lines: str, *flags: str, timeout_s: float = 4.5) -> "subprocess.Popen[str]":
+        script = tmp_path / "worker.py"
+        script.write_text(WORKER + lines)
+        process = subprocess.Popen(
+            [sys.executable, "-c", AGENT, str(timeout_s), str(script), *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=clean_environment(),
+        )
+        started.append(process)
+        return process
+
+    return run

@@ -1,0 +1,35 @@
+"""Agents that do not find each other."""
+
+import socket
+import subprocess
+
+import pytest
+
+from tests.lab.processes import TRAIN, clean_environment, end
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("endpoint", "named"),
+    [("no-such-host.invalid:29500", "does not resolve"), ("{taken}", "another program")],
+    ids=["no name", "another program's port"],
+)
+def test_an_endpoint_that_is_no_rendezvous_is_named(started, tmp_path, endpoint, named):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = endpoint.format(taken=f"127.0.0.1:{silent.getsockname()[1]}")
+        process = subprocess.Popen(
+            [*TRAIN, "--nnodes=2", "--rdzv-endpoint", endpoint, "--join-timeout-s", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=clean_environment(),
+        )
+        started.append(process)
+        status, _, err = end(process)
+    assert status == 2
+    assert len(err) == 1 and err[0].startswith("ddp-launch: error: ")
+    assert named in err[0] and endpoint.rpartition(":")[0] in err[0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,129 @@
+"""Signals to ddp-launch: they reach the ranks, and no rank stays behind."""
+
+import os
+import signal
+import socket
+import subprocess
+
+import psutil
+import pytest
+
+from tests.lab.agent import ranks
+from tests.lab.processes import (
+    TIMEOUT_S,
+    TRAIN,
+    all_gone,
+    clean_environment,
+    end,
+    first_line,
+    wait_until,
+)
+
+LEAVES = """
+with StopSignal() as stop:
+    stop.deferred = True
+    note("pid", str(os.getpid()))
+    while not stop.requested:
+        time.sleep(0.02)
+    note("left", str(stop.requested))
+    sys.exit(128 + stop.requested)
+"""
+
+DEAF = """
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: note("heard"))
+note("pid", str(os.getpid()))
+for_ever()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_ranks_and_they_leave_in_order(no_nohup, start, tmp_path, number):
+    process = start(LEAVES, "--nproc-per-node=2")
+    both = ranks(tmp_path)
+    process.send_signal(number)
+    status, _, err = end(process)
+    assert (status, err) == (128 + number, [])
+    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+    assert all_gone(both)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_that_ignore_it_are_ended(start, tmp_path, number):
+    process = start(DEAF, "--nproc-per-node=2")
+    both = ranks(tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=15)  # torch's own limit is 30 s
+    assert (process.returncode, err) == (128 + number, "")
+    assert all((tmp_path / f"heard{rank}").exists() for rank in range(2))
+    assert all_gone(both)
+
+
+@pytest.mark.ranks
+def test_a_second_ctrl_c_ends_all_at_once(start, tmp_path):
+    process = start(DEAF, "--nproc-per-node=2", timeout_s=1000)
+    both = ranks(tmp_path)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=15)
+    assert (process.returncode, err) == (130, "")
+    assert all_gone(both)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_machines_have_joined(started, number):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [*TRAIN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint", endpoint],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environment(),
+        )
+        started.append(process)
+        assert "starting 1 rank(s)" in first_line(process)
+        silent.settimeout(TIMEOUT_S)
+        with silent.accept()[0]:  # blocked in C++ from here on
+            process.send_signal(number)
+            _, err = process.communicate(timeout=15)
+    assert (process.returncode, err) == (128 + number, "")
+
+
+@pytest.mark.ranks
+def test_no_rank_outlives_a_killed_agent(start, tmp_path):
+    process = start(LEAVES, "--nproc-per-node=2")
+    both = ranks(tmp_path)
+    process.kill()
+    assert all_gone(both)
+    # SIGTERM, by the rank's own watch; or the SIGINT that torch orders for a parent's death.
+    assert {(tmp_path / f"left{rank}").read_text() for rank in range(2)} <= {"15", "2"}
+
+
+@pytest.mark.ranks
+def test_ctrl_c_while_torch_loads_says_nothing(started, tmp_path):
+    """As a terminal sends it: to the agent, and to the fork server that imports torch."""
+    process = subprocess.Popen(
+        [*TRAIN, "--nproc-per-node=2", "--data=shapes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=clean_environment(),
+        process_group=0,
+    )
+    started.append(process)
+    assert "starting 2 rank(s)" in first_line(process)
+    agent = psutil.Process(process.pid)
+    # 40 MB: past Python's own start, far from the 200 MB that torch takes.
+    wait_until(lambda: any(child.memory_info().rss > 4e7 for child in agent.children()))
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, err = end(process)
+    assert (status, out, err) == (130, "", [])
+    assert list(tmp_path.iterdir()) == []

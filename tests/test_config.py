@@ -1,0 +1,10 @@
+"""The configuration of a run."""
+
+from ddp_lib import TrainConfig
+
+
+def test_a_run_from_before_a_flag_existed_had_its_default():
+    earlier = TrainConfig().as_dict()
+    del earlier["compile"]
+    assert TrainConfig().differences(earlier) == []
+    assert TrainConfig(compile=True).differences(earlier) == ["compile: False -> True"]
