@@ -90,14 +90,14 @@ def hang_error(
     stacks: dict[int, list[Frame] | None], timeout_s: float, files: dict[str, str]
 ) -> RankError:
     """The error for ranks that are still running; `stacks` by rank, None if a rank did not answer."""
-    lines = [f"no end after {timeout_s:g} s"]
+    lines = [f"still running after {timeout_s:g} s"]
     for rank, frames in stacks.items():
         if frames is None:
             lines.append(f"rank {rank} does not answer when asked for its stack")
             continue
         frames = restore_files(frames, files)
         call = _library_call(frames)
-        lines.append(f"rank {rank} stands in {call}" if call else f"rank {rank} runs its own code")
+        lines.append(f"rank {rank} is in {call}" if call else f"rank {rank} runs its own code")
         lines += _own_lines(frames)
     return RankError(min(stacks), "\n".join(lines))
 

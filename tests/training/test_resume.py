@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
+from ddp_lib.run_dir import checkpoint
 from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks

@@ -21,7 +21,7 @@ def wrong_2_a(config):
 
 
 def wrong_2_b(config):
-    return replace(config, epochs=config.epochs + 1, resume="never")  # starts anew
+    return replace(config, epochs=config.epochs + 1, resume="never")  # starts over
 
 
 def wrong_3_a(table):
