@@ -69,7 +69,7 @@ def test_a_hang_says_where_each_rank_stands():
     with pytest.raises(RankError) as caught:
         run_ranks(hangs, 2, timeout_s=3)
     text = str(caught.value)
-    assert text.startswith("no end after 3 s\nrank 0 stands in barrier\n")
+    assert text.startswith("still running after 3 s\nrank 0 is in barrier\n")
     assert "dist.barrier()" in text and "rank 1 runs its own code" in text
 
 
