@@ -15,9 +15,9 @@ from tests.lab.images import write_images
 from tests.lab.once import Once
 from tests.lab.processes import TIMEOUT_S
 
-# Several tests at once (pytest -n auto): most wait, for timeouts, for processes that start, for each
-# other's ranks. So there are more workers than cores.
-WORKERS_PER_CORE = 2
+# Several tests at once (pytest -n auto), one more than there are cores: of the time of a test about half
+# is waiting. More would only make each of them slower.
+MORE_WORKERS_THAN_CORES = 1
 # What takes longest starts first, in this order, so that nobody waits for it at the end.
 LONGEST_FIRST = """
     platforms/test_containers.py platforms/test_slurm.py course/test_browser.py training/test_compile.py
@@ -34,7 +34,7 @@ PROCESS_MARKERS = {"ranks", "hosts", "platforms", "browser"}
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     if config.option.numprocesses != "auto":
         return None  # -n logical: one per core, for tests that compute
-    return WORKERS_PER_CORE * len(psutil.Process().cpu_affinity())
+    return MORE_WORKERS_THAN_CORES + len(psutil.Process().cpu_affinity())
 
 
 @pytest.hookimpl(optionalhook=True)
