@@ -274,7 +274,7 @@ def run(config: TrainConfig) -> int:
             join_timeout_s=config.join_timeout_s,
             timeout_s=config.timeout_s,
         ) as world,
-        outcome.reported_first(world.store),
+        outcome.reported_first(world.store_group),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()

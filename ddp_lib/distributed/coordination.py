@@ -213,14 +213,14 @@ def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeou
 
     It names the value, the machine, and `cure`.
     """
-    if world.store is None:
+    if world.store_group is None:
         return
 
     def conclude(answers: list[Any]) -> None:
         for name in values:
             require_equal(name, [(host, theirs.get(name)) for host, theirs in answers], cure)
 
-    world.store.exchange(what, [socket.gethostname(), values], timeout_s, conclude)
+    world.store_group.exchange(what, [socket.gethostname(), values], timeout_s, conclude)
 
 
 def require_equal(name: str, answers: list[tuple[str, Any]], cure: str) -> None:
@@ -240,7 +240,9 @@ def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout
     A UserError of rank 0 is raised on every rank.
     """
     value = _make(world, make) if world.rank == 0 else None
-    return value if world.store is None else world.store.broadcast(what, value, timeout_s)
+    return (
+        value if world.store_group is None else world.store_group.broadcast(what, value, timeout_s)
+    )
 
 
 def all_gather_results(
@@ -251,9 +253,9 @@ def all_gather_results(
     A UserError of any rank is raised on every rank, with the rank and machine it came from.
     """
     value = _make(world, make)
-    if world.store is None:
+    if world.store_group is None:
         return [value]
-    values: list[Any] = world.store.exchange(what, value, timeout_s)
+    values: list[Any] = world.store_group.exchange(what, value, timeout_s)
     return values
 
 
@@ -261,8 +263,8 @@ def _make(world: "World", make: Callable[[], Any]) -> Any:
     try:
         return make()
     except UserError as error:
-        if world.store is not None:
-            world.store.publish_error(error)
+        if world.store_group is not None:
+            world.store_group.publish_error(error)
         raise
 
 

@@ -45,7 +45,7 @@ class World:
     node: int = 0
     device: torch.device = field(default_factory=lambda: pick_device("none", 0))
     backend: str = "none"
-    store: StoreGroup | None = field(default=None, repr=False, compare=False)
+    store_group: StoreGroup | None = field(default=None, repr=False, compare=False)
     timeout_s: float = field(default=120.0, repr=False, compare=False)
     versions: dict[str, str] = field(default_factory=versions, repr=False, compare=False)
 
@@ -53,6 +53,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes checkpoints and the summary."""
         return self.rank == 0
+
+    @property
+    def store(self) -> dist.Store | None:
+        """The key-value store at the master; None in a world of one."""
+        return None if self.store_group is None else self.store_group.store
 
     @classmethod
     def join(
@@ -189,8 +194,8 @@ class World:
         trace: TracebackType | None,
     ) -> None:
         # Told before the group is left: leaving may hang, and the others wait for this rank meanwhile.
-        if self.store is not None and isinstance(error, UserError):
-            self.store.publish_error(error)
+        if self.store_group is not None and isinstance(error, UserError):
+            self.store_group.publish_error(error)
         # The frames of an error hold the model too.
         while error is not None:
             traceback.clear_frames(error.__traceback__)
