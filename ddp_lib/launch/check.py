@@ -20,8 +20,8 @@ import torch.distributed as dist
 from ddp_lib.data.dataset import digest_of
 from ddp_lib.distributed.addresses import (
     Endpoint,
+    endpoint_addresses,
     is_here,
-    meanings,
     own_address,
     own_addresses,
     resolve,
@@ -139,7 +139,7 @@ def report(launch: LaunchOptions, options: CheckOptions, part: Part, address: st
     troubles = []
     addresses = resolve(part.endpoint.host, part.endpoint.port)
     named_here = part.endpoint.host.partition(".")[0] == socket.gethostname().partition(".")[0]
-    guessed = meanings(part.endpoint, False) != addresses
+    guessed = endpoint_addresses(part.endpoint, False) != addresses
     if guessed and not (named_here or part.rank == 0):
         troubles.append(
             f"{part.endpoint.host_name} means {addresses[0]} here, this machine itself: correct /etc/hosts, "

@@ -17,9 +17,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from ddp_lib.distributed.addresses import (
     Endpoint,
+    endpoint_addresses,
     is_here,
     is_loopback,
-    meanings,
     own_address,
     resolve,
 )
@@ -87,7 +87,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
 
 def _master(endpoint: Endpoint, address: str, here: bool) -> str:
     """What MASTER_ADDR is to be for the ranks of this machine."""
-    addresses = meanings(endpoint, False)
+    addresses = endpoint_addresses(endpoint, False)
     outward = [address for address in addresses if not is_loopback(address)]
     guessed = addresses != resolve(endpoint.host, endpoint.port)
     if here and guessed and len(outward) == 1:
