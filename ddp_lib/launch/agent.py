@@ -192,7 +192,7 @@ def _run(
     finally:
         with suppress(RendezvousError, DistError):
             rendezvous.handler.shutdown()
-    if result is None or not result.is_failed():  # None: --nnodes allows fewer machines
+    if result is None or not result.is_failed():  # None: more machines came than --nnodes allows
         return 0
     line, status = _agree_on_cause(result.failures, peers)
     print_error(line)

@@ -29,7 +29,7 @@ def causes(reports: list[Report], measured: list[Measured | None], waited_s: flo
 
 
 def _who(reports: list[Report], waited_s: float) -> list[str]:
-    """Sizes that differ, numbers given twice, machines that did not come."""
+    """Sizes that differ, numbers given twice or missing, machines that did not come."""
     lines = []
     size_name, rank_name = reports[0]["size_name"], reports[0]["rank_name"]
     for report in reports[1:]:

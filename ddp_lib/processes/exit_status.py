@@ -112,8 +112,8 @@ class Outcome:
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
             now = time.time()
-            # torch reads the first two; ddp-launch reads the others, to find the cause among failures
-            # within the same second.
+            # torch reads message, timestamp and py_callstack. ddp-launch also reads the other two, to find
+            # the cause among failures within the same second.
             extra = {
                 "timestamp": str(int(now)),
                 "py_callstack": line,
