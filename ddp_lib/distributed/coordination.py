@@ -94,8 +94,8 @@ class StoreGroup:
         """Tells every rank why this rank leaves. They see it in their current or next call, or, if they
         lose their connection to this rank, from `published_error`."""
         if not isinstance(error, PeerError):
-            who = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
-            self._publish(f"{who}{error}")
+            prefix = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
+            self._publish(f"{prefix}{error}")
 
     def published_error(self) -> str:
         """The first error that any rank has published; empty if there is none."""

@@ -254,23 +254,23 @@ class RankFailure:
 
 def read_failure(rank: int, process: ProcessFailure) -> RankFailure:
     """From the process's status and the error file that the rank wrote (see exit_status.py)."""
-    code, who = process.exitcode, f"rank {rank} on {socket.gethostname()}"
+    code, name = process.exitcode, f"rank {rank} on {socket.gethostname()}"
     status, consequence, at = code if code >= 0 else 128 - code, 0, float(process.timestamp)
     if isinstance(process.message, dict):
         extra = process.message.get("extraInfo", {})
         at, consequence = float(extra.get("time", at)), int(bool(extra.get("consequence")))
         line = " ".join(str(process.message["message"]).split())
-        line = line if line.startswith("rank ") else f"{who}: {line}"
+        line = line if line.startswith("rank ") else f"{name}: {line}"
     else:
         at += 1  # for a rank that wrote nothing, torch gives whole seconds
         if code == -signal.SIGKILL:
-            line = f"{who} died of SIGKILL: killed by hand, or for want of memory"
+            line = f"{name} died of SIGKILL: killed by hand, or for want of memory"
         elif code < 0:
-            line = f"{who} died of {process.signal_name()}"
+            line = f"{name} died of {process.signal_name()}"
         elif code - 128 in (signal.SIGINT, signal.SIGTERM):
-            line = f"{who} was stopped by {signal.Signals(code - 128).name}"
+            line = f"{name} was stopped by {signal.Signals(code - 128).name}"
         else:
-            line = f"{who} ended with status {code}; its output stands above"
+            line = f"{name} ended with status {code}; its output stands above"
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         consequence = 2
     return RankFailure(rank, at, consequence, line, status)

@@ -81,7 +81,7 @@ def _connections(reports: list[Report], measured: list[Measured | None]) -> list
             if own and i != number and own["links"][number]["trouble"]
         ]
         if failed:
-            whose = ", ".join(f"{who}'s connection {trouble}" for who, trouble in failed)
+            whose = ", ".join(f"{machine}'s connection {trouble}" for machine, trouble in failed)
             lines.append(
                 f"{name(report)} cannot be reached on the ports that the system picks (tried "
                 f"{join_host(*report['probe'])}; {whose}): gloo and NCCL use such ports, so open all "

@@ -15,8 +15,8 @@ from ddp_lib.distributed.coordination import wait_for
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 
-# How often a launcher checks whether another has ended the job; how long the store's host waits before it
-# leaves until the others have read that; how long the first launcher may take to announce itself.
+# How often a launcher checks whether another has ended the job; how long the store's host waits for the
+# others to read that before it leaves; how long the first launcher may take to announce itself.
 _LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
 
 
@@ -63,9 +63,7 @@ class Peers:
                     "give each machine a --node-rank of its own"
                 )
         if trouble:
-            if number <= int(
-                first["nnodes"].rpartition(":")[2]
-            ):  # else the job runs without this machine
+            if number <= int(first["nnodes"].rpartition(":")[2]):  # else it goes on without us
                 self.publish_end(trouble, 2)
             raise UserError(trouble)
 

@@ -106,7 +106,7 @@ def _open_sealed(path: Path) -> bytes:
 def find(folder: Path, log: Callable[[str], None] = print) -> bytes | None:
     """The bytes of the newest undamaged checkpoint in `folder`, or None if it holds no checkpoint.
 
-    If the newest is damaged, logs a warning and uses its predecessor. UserError if both are damaged.
+    If the newest is damaged, logs a warning and uses its predecessor. UserError if all are damaged.
     """
     damaged = []
     for name in (NAME, PREVIOUS):
