@@ -1,4 +1,4 @@
-"""Training as a whole: the same code alone, under torchrun, SLURM, in a container or a notebook.
+"""The whole training: the same code alone, under torchrun or SLURM, in a container or a notebook.
 
 python -m ddp_lib.train --data shapes                          one process
 torchrun --nproc-per-node 2 -m ddp_lib.train --data shapes     two, by torch's launcher
@@ -60,9 +60,9 @@ def fit(
 ) -> dict[str, Any]:
     """Trains as `config` says, resuming if its run folder allows it; returns summary.json's content.
 
-    data: instead of loading what config.data names.
-    UserError for a configuration that cannot run, and if a loss is not finite. SystemExit(128 + n),
-    after a checkpoint, if `stop` has seen signal n on any rank.
+    data: used instead of loading config.data.
+    UserError if the configuration cannot run or a loss is not finite. SystemExit(128 + n), after a
+    checkpoint, if `stop` has seen signal n on any rank.
     """
     stop = stop or StopSignal()
     share = batch_share(config.global_batch_size, world.world_size, config.accumulate)
@@ -89,7 +89,7 @@ def fit(
             saved_s = time.monotonic()
 
         def stop_or_save(signal: int, due: bool) -> None:
-            """With what metrics tell every rank alike, so all ranks do it at the same step."""
+            """Acts on the metrics' flags: equal on all ranks, so all act at the same step."""
             if signal or due:
                 signal = max(signal, metrics.flush()[0])
                 save()
@@ -104,7 +104,7 @@ def fit(
 
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
         with log, closing(progress):
-            stop.deferred = True  # from here on a signal is obeyed after the step that it came in
+            stop.deferred = True  # from here on, a signal takes effect after the current step
             log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
             train_loss = images_per_s = evaluation = None
             for epoch in range(step // len(sampler), config.epochs):
@@ -115,7 +115,7 @@ def fit(
                 for indices in sampler:
                     began_s = time.perf_counter()
                     lr = set_learning_rate(optimizer, config, step, total_steps)
-                    # For dropout: a function of the step, so that resuming needs no state.
+                    # For dropout: depends only on the step, so resuming needs no state.
                     torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + world.rank)
                     x, y = make_batch(data.train, indices, data, world.device, dtype, augment)
                     data_s = time.perf_counter() - began_s
@@ -144,7 +144,7 @@ def fit(
                 evaluation = evaluate(model, data, world)
                 metrics.report(step, train_loss, images_per_s, evaluation)
                 run.sync_logs()
-            # None: killed after the last checkpoint and before the results were written.
+            # None if the run was killed between its last checkpoint and its results.
             evaluation = evaluation or evaluate(model, data, world)
             summary = {
                 "test_accuracy": evaluation.accuracy,
@@ -205,7 +205,7 @@ def make_replica(
     precision: str,
     resumed: dict[str, Any] | None,
 ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """This rank's model, the same wrapped in DDP, and its optimizer; from the checkpoint, if any."""
+    """This rank's model, bare and wrapped in DDP, and its optimizer, from the checkpoint if any."""
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = build_model(config.model, len(data.classes))
@@ -244,7 +244,7 @@ def save_checkpoint(
     position: dict[str, int],
     log: RunLog,
 ) -> None:
-    """On every disk one rank writes a checkpoint; the others meet it at the next all-reduce."""
+    """One rank per disk writes a checkpoint; the others wait for it at the next all-reduce."""
     share_buffers(model, world)
     if run.is_writer:
         began = time.perf_counter()
@@ -262,9 +262,9 @@ def save_checkpoint(
 
 
 def run(config: TrainConfig) -> int:
-    """One rank as a process: trains, and returns its exit status.
+    """Trains as a rank in this process; returns the exit status.
 
-    0: done; 2: refused, with one line; 128 + n: stopped by signal n, after a checkpoint.
+    0: done; 2: UserError, printed in one line; 128 + n: stopped by signal n, after a checkpoint.
     """
     with (
         as_exit_status() as outcome,
@@ -283,13 +283,13 @@ def run(config: TrainConfig) -> int:
 
 
 def run_forked(config: TrainConfig) -> None:
-    """A rank that ddp-launch has forked; SystemExit with its status."""
+    """Runs a rank that ddp-launch has forked; SystemExit with its status."""
     become_rank()
     sys.exit(run(config))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A rank that torchrun, SLURM or a person has started; `argv`: its flags."""
+    """Runs a rank that torchrun, SLURM or a user has started; `argv`: its flags."""
     with as_exit_status() as outcome:
         outcome.status = run(parse(TrainConfig, argv, "ddp_lib.train"))
     return outcome.status

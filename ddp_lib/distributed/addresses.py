@@ -1,7 +1,7 @@
 """Addresses, ports and interfaces: what must be right before ranks can meet.
 
-torch asks what a machine's own name means. That is often the wrong question: Debian's installer makes
-it 127.0.1.1, in containers it may mean nothing. What works is the route towards the master.
+torch resolves the machine's own name. That is often wrong: Debian's installer makes it 127.0.1.1, and
+in containers it may not resolve. The address on the route to the master works.
 """
 
 import os
@@ -14,13 +14,13 @@ import psutil
 
 from ddp_lib.errors import UserError
 
-# Of documentation alone (RFC 5737, RFC 3849): asked for the default route, never sent to.
+# Documentation addresses (RFC 5737, RFC 3849): used to find the default route, never sent to.
 _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the machines meet; `flag` is what the user gave it by."""
+    """Where the machines meet; `flag` is the variable or flag that named it."""
 
     host: str
     port: int
@@ -66,12 +66,12 @@ def port_number(name: str, text: str) -> int:
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Addresses of `host`, best first; empty where the name does not resolve (yet)."""
+    """Addresses of `host`, best first; empty if the name does not resolve (yet)."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
         return []
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
+    return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
 def own_addresses() -> dict[str, str]:
@@ -86,7 +86,7 @@ def own_addresses() -> dict[str, str]:
 
 
 def own_address_towards(address: str, port: int) -> str:
-    """This machine's address on the route to `address`; no packet is sent. OSError: no route."""
+    """This machine's address on the route to `address`; sends no packet. OSError if there is no route."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))
@@ -98,8 +98,8 @@ def is_loopback(address: str) -> bool:
 
 
 def outward_addresses() -> list[str]:
-    """This machine's addresses by which others may reach it, the default route's first."""
-    found = [
+    """This machine's addresses at which others may reach it, the default route's first."""
+    addresses = [
         address
         for address in own_addresses()
         if not is_loopback(address) and not address.startswith(("fe80:", "169.254."))
@@ -110,20 +110,20 @@ def outward_addresses() -> list[str]:
             first.append(own_address_towards(far, 9))
         except OSError:
             continue
-    return sorted(found, key=lambda address: (address not in first, ":" in address))
+    return sorted(addresses, key=lambda address: (address not in first, ":" in address))
 
 
-def meanings(endpoint: Endpoint, one_machine: bool) -> list[str]:
-    """The addresses by which to meet there, best first; empty where the name does not resolve (yet).
+def endpoint_addresses(endpoint: Endpoint, one_machine: bool) -> list[str]:
+    """The addresses at which to meet there, best first; empty if the name does not resolve (yet).
 
-    A name that means loopback here is this machine's own (a hosts file with 127.0.1.1): several
-    machines meet at its outward address. Who writes 127.0.0.1 or localhost means it: all on this one.
+    A name that resolves to loopback here is this machine's own (a hosts file with 127.0.1.1): several
+    machines meet at its outward address. 127.0.0.1 and localhost are taken literally.
     """
-    found = resolve(endpoint.host, endpoint.port)
-    outward = [address for address in found if not is_loopback(address)]
-    if not found or one_machine or endpoint.host == "localhost" or is_loopback(endpoint.host):
-        return found
-    return outward or [*outward_addresses(), *found]
+    addresses = resolve(endpoint.host, endpoint.port)
+    outward = [address for address in addresses if not is_loopback(address)]
+    if not addresses or one_machine or endpoint.host == "localhost" or is_loopback(endpoint.host):
+        return addresses
+    return outward or [*outward_addresses(), *addresses]
 
 
 def is_here(endpoint: Endpoint) -> bool:
@@ -133,13 +133,13 @@ def is_here(endpoint: Endpoint) -> bool:
 
 
 def own_address(endpoint: Endpoint, one_machine: bool) -> str:
-    """This machine's address as those see it that meet at `endpoint`; empty where there is none."""
+    """This machine's address as seen by the others at `endpoint`; empty if there is none."""
     mine = own_addresses()
-    found = meanings(endpoint, one_machine)
-    for address in found:
+    addresses = endpoint_addresses(endpoint, one_machine)
+    for address in addresses:
         if address in mine or is_loopback(address):
             return address
-    for address in found:
+    for address in addresses:
         try:
             return own_address_towards(address, endpoint.port)
         except OSError:
@@ -150,16 +150,16 @@ def own_address(endpoint: Endpoint, one_machine: bool) -> str:
 def name_interface(
     endpoint: Endpoint, one_machine: bool, environ: MutableMapping[str, str] = os.environ
 ) -> str | None:
-    """Tells gloo and NCCL which interface to use, unless the user has; returns its name."""
+    """Tells gloo and NCCL which interface to use, unless the user did; returns its name."""
     name = own_addresses().get(own_address(endpoint, one_machine))
     if name:
         environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        if name != "lo":  # NCCL refuses it, and finds its way on one machine without
+        if name != "lo":  # NCCL refuses lo, and needs no interface on one machine
             environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
     return name
 
 
-def first_hit(check: Callable[[], bool], deadline: float, pause_s: float = 0.05) -> bool:
+def wait_until_true(check: Callable[[], bool], deadline: float, pause_s: float = 0.05) -> bool:
     """Whether `check` became true before the monotonic time `deadline`."""
     while not check():
         if time.monotonic() > deadline:

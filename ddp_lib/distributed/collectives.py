@@ -7,7 +7,7 @@ from ddp_lib.distributed.world import World
 
 
 def broadcast_bytes(world: World, payload: bytes, source: int = 0) -> bytes:
-    """Rank `source`'s `payload`, on every rank; the others' argument is not looked at."""
+    """Rank `source`'s `payload`, on every rank; the other ranks' argument is ignored."""
     if world.world_size == 1:
         return payload
     length = torch.tensor([len(payload)], device=world.device)
@@ -20,14 +20,14 @@ def broadcast_bytes(world: World, payload: bytes, source: int = 0) -> bytes:
 
 
 def gather_bytes(world: World, payload: bytes) -> list[bytes]:
-    """On rank 0 every rank's `payload`, in rank order and of any lengths; on the others nothing."""
+    """Every rank's `payload`, of any length, in rank order on rank 0; an empty list on the others."""
     if world.world_size == 1:
         return [payload]
     mine = torch.tensor([len(payload)], device=world.device)
     lengths = [torch.empty_like(mine) for _ in range(world.world_size)]
     dist.all_gather(lengths, mine)
     sizes = [int(length.item()) for length in lengths]
-    # A collective wants tensors of one size.
+    # All ranks' tensors must have the same size.
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=world.device)
     if payload:
         padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)

@@ -1,8 +1,8 @@
 """What ranks tell each other: plain values over the store, and in each step whether to stop or to save.
 
-At the store each rank writes its own key. Rank 0 collects them as they come and publishes one answer;
-the others wait for that answer, which may be an error. So the number of operations grows with the number
-of ranks N, and not with N * N, and no rank but rank 0 does more of them for a larger N.
+Each rank writes its own key in the store. Rank 0 collects them as they come and publishes one answer; the
+others wait for that answer, which may be an error. So the number of operations grows with the number of
+ranks N, not with N * N, and only rank 0's grows at all.
 """
 
 import json
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ddp_lib.distributed.addresses import first_hit
+from ddp_lib.distributed.addresses import wait_until_true
 from ddp_lib.errors import PeerError, UserError
 
 if TYPE_CHECKING:
     from ddp_lib.distributed.world import World
 
-# How long the host of the store waits, before it ends with an error, for the others to have read it.
+# How long the store's host waits for the others to read its error before it exits.
 LINGER_S = 3.0
-# A wait inside C++ holds the connection and lets no signal handler run: it is made of pieces this long.
+# A wait inside C++ holds the connection and blocks signal handlers, so ranks wait in pieces this long.
 WAIT_S = 0.5
 # How much longer than its own timeout a rank waits for rank 0 to publish who is missing.
 _ANSWER_S = 2.0
@@ -36,8 +36,8 @@ _ANSWER_S = 2.0
 class StoreGroup:
     """The ranks of a job as they talk over the store, before and beside the process group.
 
-    rank None: numbered in the order in which they come, from 1. hosts_store: the store ends with this
-    process. All ranks make the same calls in the same order. Values are what JSON holds.
+    rank None: ranks are numbered from 1 as they arrive. hosts_store: the store ends with this process.
+    All ranks make the same calls in the same order. Values are anything JSON holds.
     """
 
     store: dist.Store
@@ -61,13 +61,13 @@ class StoreGroup:
         deadline: float | None = None,
         complete: bool = True,
     ) -> Any:
-        """On every rank, what `conclude` makes on rank 0 of all ranks' values, in rank order.
+        """Returns on every rank what `conclude` makes on rank 0 of all ranks' values, in rank order.
 
-        check(rank, value): called on rank 0 as each arrives. deadline: monotonic time; default:
-        timeout_s from now. complete False: at the deadline rank 0 concludes from those that came.
+        check(rank, value): called on rank 0 as each value arrives. deadline: monotonic time; default:
+        timeout_s from now. complete False: at the deadline rank 0 concludes from the values it has.
 
-        UserError, on every rank, if conclude or check raise it on rank 0, if a rank publishes an error
-        instead of a value, or at the deadline, naming the ranks that did not come.
+        UserError, on every rank, if conclude or check raise it on rank 0 or a rank publishes an error
+        instead of a value. At the deadline, a UserError names the ranks that did not come.
         """
         if deadline is None:
             deadline = time.monotonic() + timeout_s
@@ -85,20 +85,20 @@ class StoreGroup:
         )
 
     def broadcast(self, what: str, value: Any, timeout_s: float) -> Any:
-        """Rank 0's value, on every rank; the others' is not looked at. UserError as in `exchange`."""
+        """Rank 0's value, on every rank; the others' is ignored. UserError as in `exchange`."""
         if self.rank == 0:
             return self._answer(value)
         return self._wait_for_answer(what, timeout_s, time.monotonic() + timeout_s)
 
     def publish_error(self, error: BaseException) -> None:
-        """Lets every rank know why this one leaves: those that wait in a call or come to the next, and
-        those that lose their connection to this rank and ask for `published_error`."""
+        """Tells every rank why this rank leaves. They see it in their current or next call, or, if they
+        lose their connection to this rank, from `published_error`."""
         if not isinstance(error, PeerError):
-            who = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
-            self._publish(f"{who}{error}")
+            prefix = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
+            self._publish(f"{prefix}{error}")
 
     def published_error(self) -> str:
-        """The first error that a rank has published; empty if there is none."""
+        """The first error that any rank has published; empty if there is none."""
         with suppress(RuntimeError):  # the store is gone
             if self.store.check(["error"]):
                 self.count_as_read()
@@ -106,16 +106,16 @@ class StoreGroup:
         return ""
 
     def wait_until_read(self) -> None:
-        """The store's host waits until the others have read the last answer, or for LINGER_S."""
+        """Makes the store's host wait, at most LINGER_S, until the others have read the last answer."""
 
         def all_have() -> bool:
             return self.store.add("read", 0) >= self.store.add("call/0/arrived", 0)
 
         with suppress(RuntimeError):
-            first_hit(all_have, time.monotonic() + LINGER_S)
+            wait_until_true(all_have, time.monotonic() + LINGER_S)
 
     def count_as_read(self) -> None:
-        """This rank makes no call any more: the store's host need not wait for it."""
+        """This rank makes no more calls, so the store's host need not wait for it."""
         with suppress(RuntimeError):
             self.store.add("read", 1)
 
@@ -131,7 +131,7 @@ class StoreGroup:
                 self._post({"error": text})
                 self.count_as_read()
         if self.hosts_store:
-            # Python waits for this thread before it ends the process, and with it the store.
+            # Python waits for this thread before the process ends, and the store with it.
             threading.Thread(target=self.wait_until_read, name="linger").start()
 
     def _answer(self, value: Any) -> Any:
@@ -211,7 +211,7 @@ def wait_for(store: dist.Store, key: str, deadline: float) -> str | None:
 def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeout_s: float) -> None:
     """UserError, on every rank, if a value (anything JSON holds) differs between ranks.
 
-    It names the value, the machine, and `cure`.
+    The message names the value, the machine, and `cure`.
     """
     if world.store_group is None:
         return
@@ -224,7 +224,7 @@ def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeou
 
 
 def require_equal(name: str, answers: list[tuple[str, Any]], cure: str) -> None:
-    """UserError if the ranks' (machine, value) pairs, in rank order, do not hold one value."""
+    """UserError if the values in `answers`, (machine, value) pairs in rank order, are not all equal."""
     for rank, (host, value) in enumerate(answers):
         first_host, first = answers[0]
         if value != first:
@@ -235,7 +235,7 @@ def require_equal(name: str, answers: list[tuple[str, Any]], cure: str) -> None:
 
 
 def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout_s: float) -> Any:
-    """What `make()` returns on rank 0 (anything JSON holds), on every rank; called there only.
+    """Calls `make()` on rank 0 only and returns its result (anything JSON holds) on every rank.
 
     A UserError of rank 0 is raised on every rank.
     """
@@ -248,7 +248,7 @@ def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout
 def all_gather_results(
     world: "World", what: str, make: Callable[[], Any], timeout_s: float
 ) -> list[Any]:
-    """What `make()` returns on each rank (anything JSON holds), in rank order, on every rank.
+    """Calls `make()` on each rank; returns all results (anything JSON holds) in rank order, on every rank.
 
     A UserError of any rank is raised on every rank, with the rank and machine it came from.
     """
@@ -269,10 +269,10 @@ def _make(world: "World", make: Callable[[], Any]) -> Any:
 
 
 class Status(NamedTuple):
-    """What the ranks tell each other in a step: on its way until `work` is done.
+    """What the ranks tell each other in a step; valid once `work` is done.
 
-    flags: int64 (3,) on the device: the highest rank, from 1, with a loss that is not finite (0: none);
-    the highest signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
+    flags: int64 (3,) on the device: the highest rank, from 1, whose loss is not finite (0: none); the
+    highest signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
     """
 
     flags: torch.Tensor
@@ -280,9 +280,9 @@ class Status(NamedTuple):
 
 
 def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: "World") -> Status:
-    """Starts the all-reduce of a step's `Status`. Called before backward, it hides behind backward's.
+    """Starts the all-reduce of a step's `Status`. Call it before backward: the two then overlap.
 
-    loss: this rank's. signal: the number of a signal that this rank has had, or 0.
+    loss: this rank's. signal: the number of the signal that this rank received, or 0.
     """
     flags = torch.tensor([world.rank + 1, signal, save and world.rank == 0])
     flags = flags.to(world.device, non_blocking=True)

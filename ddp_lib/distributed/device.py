@@ -10,7 +10,7 @@ from ddp_lib.errors import UserError
 
 
 def thread_budget(local_world_size: int) -> int:
-    """Threads a rank: this machine's usable cores shared among its ranks."""
+    """Threads per rank: this machine's usable cores divided among its ranks."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -18,7 +18,7 @@ def thread_budget(local_world_size: int) -> int:
 
 
 def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
-    """The backend this machine can offer, and why. UserError for nccl without a GPU a local rank."""
+    """This machine's backend, and why. UserError for nccl without one GPU per local rank."""
     have = f"{gpus} GPU(s) for {local_world_size} local rank(s)"
     if asked == "gloo":
         return "gloo", "asked for"
@@ -34,7 +34,7 @@ def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, s
 
 
 def pick_device(backend: str, local_rank: int) -> torch.device:
-    """The GPU of this local rank under nccl; alone the first GPU, if any; else the CPU."""
+    """This local rank's GPU for nccl; the first GPU, if any, for a single process; else the CPU."""
     if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -46,15 +46,15 @@ _NEVER = 2**31 - 1
 
 @cache
 def keep_freed_memory() -> bool:
-    """Makes this process keep what it frees, up to 1 GB apiece; False where the C library cannot.
+    """Makes this process keep the blocks it frees, up to 1 GB each; False if the C library cannot.
 
     glibc gives large blocks back to the system at once. A training step on a CPU allocates the same
-    blocks as the step before, and the system would clear their pages each time: thousands of page
-    faults a step. See mallopt(3); PyTorch's tuning guide advises another allocator to the same end.
+    blocks as the step before, and the system would clear their pages each time: thousands of page faults
+    per step. See mallopt(3); PyTorch's tuning guide suggests another allocator for the same reason.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
-    # An older glibc takes no more than 32 MB.
+    # An older glibc accepts at most 32 MB.
     large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25))
     return bool(large and mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -10,7 +10,7 @@ from ddp_lib.errors import UserError
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Rank and world size, on this machine and in all, and where the master is."""
+    """Rank and world size, both local and global, and where the master is."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,10 +32,10 @@ class RankEnv:
 
 
 def read_rank_env(environ: Mapping[str, str], **flags: int | str | None) -> RankEnv:
-    """The rank that the flags (`rank=`, `world_size=`, ...), RANK and its companions, or SLURM give.
+    """The rank from the flags (`rank=`, `world_size=`, ...), else RANK etc., else SLURM's variables.
 
-    In this order; a process with none of them is alone. Raises UserError, naming the variable, its
-    value and the cure, where they are incomplete or contradict each other.
+    A process with none of them is alone. Raises UserError, with the variable, its value and the cure,
+    if they are incomplete or contradict each other.
     """
     given = {name.upper(): str(value) for name, value in flags.items() if value is not None}
     env = {**environ, **given}
@@ -81,7 +81,7 @@ def _from_rank(env: Mapping[str, str]) -> RankEnv:
         env, "RANK", f"set it to this process's number, 0 to {world_size - 1}; 0 on the master"
     )
     _check_range("RANK", rank, "WORLD_SIZE", world_size)
-    # Without LOCAL_RANK the contract is one process a machine, as with `docker run -e RANK=...`.
+    # Without LOCAL_RANK there is one process per machine, as with `docker run -e RANK=...`.
     local_world_size = _number(
         env, "LOCAL_WORLD_SIZE", "set the number of ranks on this machine", 1
     )
@@ -131,7 +131,7 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     if "MASTER_PORT" in env:
         port = port_number("MASTER_PORT", env["MASTER_PORT"])
     else:
-        # Two jobs on one machine need different ports; below the range that systems hand out.
+        # Two jobs on one machine need different ports, below the range that systems pick from.
         job = _number(env, "SLURM_JOB_ID", cure, 0) * 17 + _number(env, "SLURM_STEP_ID", cure, 0)
         port = 20000 + job % 10000
     return RankEnv(rank, world_size, local_rank, local_world_size, node, addr, port, "SLURM")

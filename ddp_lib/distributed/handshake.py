@@ -1,4 +1,4 @@
-"""Before the process group: are the ranks who they should be, equal, and able to reach each other?"""
+"""Before the process group: are the ranks numbered right, equal, and able to reach each other?"""
 
 import platform
 import socket
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# Between machines, these must be equal; Python's may differ.
+# These must be equal on all machines; Python's may differ.
 _EQUAL = ("ddp_lib", "torch")
 
 
@@ -37,12 +37,12 @@ def handshake(
     timeout_s: float,
     deadline: float,
 ) -> tuple[str, str]:
-    """All ranks tell each other who they are; returns the backend that all can use, and why.
+    """Compares all ranks with each other; returns the backend that all can use, and why.
 
     backend, reason: what this rank could use. deadline: monotonic time, timeout_s after the start.
 
-    UserError, on every rank, for a number that two have, another WORLD_SIZE, another version of
-    torch or ddp_lib, machines that cannot connect to each other, and ranks that do not come.
+    UserError, on every rank, if two ranks have the same number, if WORLD_SIZE or the versions of torch
+    or ddp_lib differ, if machines cannot connect to each other, or if ranks do not come.
     """
     host, size = socket.gethostname(), rank_env.world_size
     with ExitStack() as stack:
@@ -81,11 +81,11 @@ def handshake(
 
         ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
         own = ranks[rank_env.rank]
-        if own["id"] != mine["id"]:  # this one came when all had come
+        if own["id"] != mine["id"]:  # this rank came too late: another has its number
             raise _taken(rank_env.rank, own["host"], host, size)
         if not rank_env.one_machine:
             trouble = _trouble(ranks, rank_env.rank) if probe else ""
-            # Ranks that try nothing wait for those that do.
+            # The other local ranks wait while each machine's first tries its connections.
             until = max(deadline, time.monotonic() + timeout_s)
             group.exchange("connect", trouble, timeout_s, _raise_first, deadline=until)
     for rank, theirs in enumerate(ranks):
@@ -108,7 +108,7 @@ def _raise_first(troubles: list[str]) -> None:
 
 
 def _trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
-    """Why this machine cannot connect to another; empty if it can to all."""
+    """Why this machine cannot connect to another; empty if it can connect to all."""
     others = [theirs for rank, theirs in enumerate(ranks) if theirs["probe"] and rank != own_rank]
     for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):
         if link.trouble:

@@ -1,7 +1,7 @@
 """Whether machines can connect to each other on the ports that training uses, and how fast.
 
-gloo and NCCL listen on ports that the system picks, on every machine. So a probe does the same: it
-listens, tells its address by way of the store, and the others try to connect.
+gloo and NCCL listen on ports that the system picks, on every machine. A probe does the same: it
+listens, its address goes into the store, and the other machines try to connect.
 """
 
 import json
@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-# A connection that comes is answered in milliseconds; one whose packets vanish is given up after so
-# long: two repeats of a lost first packet.
+# A working connection answers in milliseconds. If packets vanish, this allows for two repeats of the
+# first packet.
 CONNECT_S = 4.0
 _CHUNK = 1 << 18
 _MOST_BYTES = 1 << 34
@@ -23,8 +23,8 @@ _MOST_BYTES = 1 << 34
 class Probe:
     """Listens on `address`, on a port that the system picks, inside `with`.
 
-    It answers two questions, a line each: "ping" with who asks and the time, and "load N" with the
-    same after N more bytes have come. It keeps nothing and reads nothing else.
+    Answers two requests of one line: "ping" with the sender's address and the time; "load N" with the
+    same, after N more bytes have come. It keeps nothing and reads nothing else.
     """
 
     def __init__(self, address: str) -> None:
@@ -80,13 +80,13 @@ def _answer(peer: socket.socket, source: str) -> None:
 
 
 def _line(peer: socket.socket) -> str:
-    """The next line, without reading past it; empty at the end. ValueError for a long one."""
+    """The next line, without reading past it; empty at the end. ValueError if the line is long."""
     text = bytearray()
     while not text.endswith(b"\n"):
-        one = peer.recv(1)
-        if not one:
+        byte = peer.recv(1)
+        if not byte:
             return ""
-        text += one
+        text += byte
         if len(text) > 100:
             raise ValueError("not a probe's line")
     return text.decode("ascii", "replace")
@@ -94,9 +94,9 @@ def _line(peer: socket.socket) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """What was found on the way to another machine's probe; `trouble` is empty where all is well.
+    """The connection to another machine's probe; `trouble` is empty if it works.
 
-    seen_as: this machine's address as that one sees it. clock_s: how far its clock is ahead.
+    seen_as: this machine's address as the other sees it. clock_s: how far the other's clock is ahead.
     """
 
     trouble: str = ""
@@ -105,10 +105,10 @@ class Link:
     clock_s: float = 0.0
 
 
-def connect(address: str, port: int, pings: int = 1, limit_s: float = CONNECT_S) -> Link:
-    """Connects to a probe and asks it `pings` times; the best answer counts."""
+def connect(address: str, port: int, pings: int = 1, timeout_s: float = CONNECT_S) -> Link:
+    """Connects to a probe and pings it `pings` times; the fastest answer counts."""
     try:
-        with socket.create_connection((address, port), timeout=limit_s) as peer:
+        with socket.create_connection((address, port), timeout=timeout_s) as peer:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             best = Link(latency_s=float("inf"))
             for _ in range(pings):
@@ -129,18 +129,18 @@ def connect(address: str, port: int, pings: int = 1, limit_s: float = CONNECT_S)
 
 
 def connect_all(probes: Iterable[tuple[str, int]], pings: int = 1) -> list[Link]:
-    """`connect` to all at once, so that many closed ports take no longer than one."""
+    """`connect` to all at once, so that many closed ports cost no more time than a single one."""
     targets = list(probes)
     with ThreadPoolExecutor(max(1, min(64, len(targets)))) as pool:
         return list(pool.map(lambda target: connect(target[0], target[1], pings), targets))
 
 
-def bandwidth(address: str, port: int, seconds: float, limit_s: float) -> float:
-    """Bytes a second to a probe, over about `seconds`; 0 where it cannot be told within limit_s."""
-    deadline = time.monotonic() + limit_s
+def bandwidth(address: str, port: int, seconds: float, timeout_s: float) -> float:
+    """Bytes per second to a probe, over about `seconds`; 0 if not measured within timeout_s."""
+    deadline = time.monotonic() + timeout_s
     block, count, rate = bytes(_CHUNK), 1, 0.0
     try:
-        with socket.create_connection((address, port), timeout=limit_s) as peer:
+        with socket.create_connection((address, port), timeout=timeout_s) as peer:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while True:
                 peer.settimeout(max(0.01, deadline - time.monotonic()))
@@ -153,7 +153,7 @@ def bandwidth(address: str, port: int, seconds: float, limit_s: float) -> float:
                 rate = count * _CHUNK / took_s
                 if took_s > seconds / 2:
                     return rate
-                # Grow until the transfer takes long enough to be told from its start.
+                # Send more until the start of the transfer no longer matters.
                 count = max(2 * count, min(8 * count, int(count * seconds / took_s)))
     except OSError:
         return rate

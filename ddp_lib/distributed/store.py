@@ -1,4 +1,4 @@
-"""The key-value store at the master: reaching the master or being it, hosting the store, connecting."""
+"""The key-value store at the master: host it, or wait for the master and connect to it."""
 
 import os
 import socket
@@ -14,25 +14,25 @@ import torch.distributed as dist
 
 from ddp_lib.distributed.addresses import (
     Endpoint,
-    first_hit,
+    endpoint_addresses,
     is_here,
     is_loopback,
-    meanings,
     own_addresses,
     resolve,
+    wait_until_true,
 )
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.errors import UserError, first_line
 
-# Between two attempts to reach a master that is not there yet.
+# Pause between two attempts to reach a master that is not there yet.
 _RETRY_S = 0.2
 
 
 def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
     """Returns when the endpoint's host resolves; UserError after `join_timeout_s`."""
     deadline = time.monotonic() + join_timeout_s - _RETRY_S
-    if not first_hit(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
+    if not wait_until_true(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
         raise UserError(
             f"{endpoint.host_name} does not resolve: check the name, or give an address "
             f"(tried for {round(join_timeout_s, 1):g} s; --join-timeout-s sets it)"
@@ -47,16 +47,16 @@ def wait_for_master(
 ) -> str:
     """The address at which the master listens, as soon as it does.
 
-    A name that does not resolve yet (compose, Kubernetes) and a master that is not started yet are
-    tried again until `join_timeout_s` is over; then a UserError says how far it got. silence_s: how
-    long to bear it that packets vanish, where the master's machine is known to be up.
+    Retries while the name does not resolve (compose, Kubernetes) or the master is not started. After
+    `join_timeout_s`, a UserError says how far it got. silence_s: how long packets may vanish, if the
+    master's machine is known to be up.
     """
     began = time.monotonic()
     wait_for_name(endpoint, join_timeout_s)
     while True:
-        limit_s = join_timeout_s
+        timeout_s = join_timeout_s
         trouble = f"{endpoint.host_name} does not resolve any more: check the name"
-        for address in meanings(endpoint, one_machine):
+        for address in endpoint_addresses(endpoint, one_machine):
             try:
                 left = began + join_timeout_s - time.monotonic()
                 socket.create_connection(
@@ -73,15 +73,15 @@ def wait_for_master(
                     f"no answer from {endpoint} ({error.strerror or error}): "
                     "check the address, and that no firewall closes the port"
                 )
-                limit_s = join_timeout_s if silence_s is None else min(silence_s, join_timeout_s)
-        if time.monotonic() + _RETRY_S > began + limit_s:
-            names = meanings(endpoint, one_machine)
+                timeout_s = join_timeout_s if silence_s is None else min(silence_s, join_timeout_s)
+        if time.monotonic() + _RETRY_S > began + timeout_s:
+            names = endpoint_addresses(endpoint, one_machine)
             if names and is_loopback(names[-1]) and not is_loopback(endpoint.host):
                 trouble += (
                     f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
                 )
             raise UserError(
-                f"{trouble} (tried for {round(limit_s, 1):g} s; --join-timeout-s sets it)"
+                f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)"
             )
         time.sleep(_RETRY_S)
 
@@ -91,18 +91,18 @@ def listen(
 ) -> tuple[socket.socket, str]:
     """A listening socket for the store, and the address at which this process reaches it.
 
-    It listens on the address that the others use and on no other: the store has no password. Where
-    the endpoint is no address of this machine (a published container port), or a name that means
-    loopback here on a machine with several outward addresses, it has to listen on all.
+    Listens only on the address that the others use, since the store has no password. It must listen on
+    all if the endpoint is no address of this machine (a published container port), or is a name that
+    means loopback here and the machine has several outward addresses.
     """
     wait_for_name(endpoint, join_timeout_s)
     mine = own_addresses()
-    found = meanings(endpoint, one_machine)
-    usable = [a for a in found if a in mine or is_loopback(a)]
+    addresses = endpoint_addresses(endpoint, one_machine)
+    usable = [a for a in addresses if a in mine or is_loopback(a)]
     outward = [a for a in usable if not is_loopback(a)]
-    guessed = found != resolve(endpoint.host, endpoint.port)
+    guessed = addresses != resolve(endpoint.host, endpoint.port)
     everywhere = not usable or (guessed and len(outward) != 1)
-    ipv6 = ":" in (usable or found)[0]
+    ipv6 = ":" in (usable or addresses)[0]
     address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
     server = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -127,12 +127,12 @@ class PortTaken(UserError):
 # A rank that torchrun started knows that the master's machine is up: packets that vanish so long
 # are a firewall's doing. Three have been sent by then.
 _SILENCE_S = 5.0
-# How long torch may take to give up connecting, over its limit: a stack dump alone takes it seconds.
+# How long torch may take to give up after its timeout: its stack dump alone takes seconds.
 _GIVE_UP_S = 30.0
 
 
 def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float) -> StoreGroup:
-    """The ranks at the master's key-value store: hosted by rank 0, or already by torchrun's agent."""
+    """The ranks at the master's key-value store, which rank 0 or torchrun's agent hosts."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosts = rank_env.rank == 0 and not by_agent
     store: dist.Store
@@ -141,9 +141,8 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
     else:
         silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
         store = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
-    # After a restart torchrun's agent's store still holds the keys of the attempt before. A store of
-    # rank 0's own is new each time; and each agent counts its own failures alone, so that after one
-    # machine's the counts differ.
+    # After a restart, the store of torchrun's agent still holds the previous attempt's keys. Rank 0's own
+    # store is new each time, and must not use this count: each agent counts only its own failures.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
     prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
     store = dist.PrefixStore(prefix, store)
@@ -152,18 +151,18 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
         store.set("host", me)
         if not is_here(rank_env.endpoint):
             look = (rank_env.endpoint, prefix, store, me, time.monotonic() + join_timeout_s)
-            threading.Thread(target=_look_for_rival, args=look).start()
+            threading.Thread(target=_look_for_other_rank0, args=look).start()
     return StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
 
 
-def _look_for_rival(
+def _look_for_other_rank0(
     endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float
 ) -> None:
-    """Rank 0 on a machine that has not MASTER_ADDR: does another rank 0 answer there?
+    """On rank 0, if MASTER_ADDR is not this machine: does another rank 0 answer there?
 
-    If this one does, its port is published, as a container's may be. If another does, both get to
-    know it. Python waits for this thread before it goes down, some seconds at most: one that comes
-    back from C++ after that would abort.
+    If this process answers, its port is published, as a container's may be. If another rank 0 does, both
+    get an error. Python waits for this thread, some seconds at most, before the interpreter shuts down:
+    a thread that returned from C++ after that would abort.
     """
     while time.monotonic() < until and threading.main_thread().is_alive():
         try:
@@ -184,7 +183,7 @@ def _look_for_rival(
 
 
 def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> dist.TCPStore:
-    """Hosts it here, on the address towards the peers and no other; PortTaken where that fails."""
+    """Hosts the store, only on the address that the peers use; PortTaken if that fails."""
     server, address = listen(endpoint, join_timeout_s, one_machine)
     return dist.TCPStore(
         address,
@@ -200,32 +199,29 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
 def reach_store(
     endpoint: Endpoint, join_timeout_s: float, one_machine: bool, silence_s: float | None = None
 ) -> dist.TCPStore:
-    """A client of the store, as soon as it is there.
-
-    UserError where something else answers, or nothing does.
-    """
+    """A client of the store, as soon as it is there; UserError if nothing or another program answers."""
     began = time.monotonic()
     address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
     left_s = max(2.0, began + join_timeout_s - time.monotonic())
     try:
         with _without_stderr():
-            found = _client(address, endpoint.port, left_s)
+            client = _client(address, endpoint.port, left_s)
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
             f"{endpoint} answers, but not as a PyTorch store ({first_line(error)}): "
             "another program has this port, choose a free one"
         ) from error
-    found.set_timeout(timedelta(seconds=join_timeout_s))
-    return found
+    client.set_timeout(timedelta(seconds=join_timeout_s))
+    return client
 
 
-def _client(address: str, port: int, limit_s: float) -> dist.TCPStore:
-    """Connects in a thread: torch waits without limit for the first word of a program that accepts.
+def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connects in a thread, since torch waits forever for the first byte of a program that accepts.
 
-    TimeoutError where it is silent; torch's error where it says another word.
+    TimeoutError if that program is silent; torch's error if it answers something else.
     """
-    # The port has answered, so a store says so at once. The rest is for torch to give up.
-    wait = timedelta(seconds=limit_s / 2)
+    # The port has answered, so a store replies at once. The other half is for torch to give up.
+    wait = timedelta(seconds=timeout_s / 2)
     others = _connections((address, port))
     outcome: list[dist.TCPStore | Exception] = []
 
@@ -237,39 +233,39 @@ def _client(address: str, port: int, limit_s: float) -> dist.TCPStore:
 
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
-    thread.join(limit_s)
+    thread.join(timeout_s)
     silent = not outcome
-    # A thread that comes back from C++ while the interpreter goes down would abort it: the end of its
+    # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its
     # connection ends its wait.
     until = time.monotonic() + _GIVE_UP_S
     while thread.is_alive() and time.monotonic() < until:
         for file in _connections((address, port)) - others:
             _hang_up(file)
         thread.join(0.1)
-    found = TimeoutError("it accepts and is silent") if silent else outcome[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    result = TimeoutError("it accepts and is silent") if silent else outcome[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _connections(peer: tuple[str, int]) -> set[int]:
-    """The descriptors of this process's connections to `peer`, also of those that C++ has opened.
+    """File descriptors of this process's connections to `peer`, including those that C++ opened.
 
     /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
     """
     names = (peer, (f"::ffff:{peer[0]}", peer[1]))
-    found = set()
+    connected = set()
     for file in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # closed meanwhile, or connected to nobody
+        with suppress(OSError):  # closed meanwhile, or not connected
             if stat.S_ISSOCK(os.fstat(file).st_mode):
                 with socket.socket(fileno=os.dup(file)) as connection:
                     if connection.getpeername()[:2] in names:
-                        found.add(file)
-    return found
+                        connected.add(file)
+    return connected
 
 
 def _hang_up(file: int) -> None:
-    """Ends a connection: whoever waits for its next word gets an error."""
+    """Ends a connection: a thread that waits for its next byte gets an error."""
     with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Functions there take the group of the moment of the import as a default argument. Imported later, as
-# DDP does for its first model, they would keep the group's threads alive after `leave`.
+# Its functions take the process group at the time of the import as a default argument. If DDP imported it
+# with its first model, they would keep the group's threads alive after `leave`.
 import torch.distributed.nn.functional
 
 from ddp_lib.distributed.addresses import name_interface
@@ -32,7 +32,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks. `World()` is a world of one, without a process group.
+    """This process among the ranks. `World()` is a single rank without a process group.
 
     with World.join() as world:
         ...   # world.rank, world.world_size, world.device
@@ -56,7 +56,7 @@ class World:
 
     @property
     def store(self) -> dist.Store | None:
-        """The key-value store at the master; None in a world of one."""
+        """The key-value store at the master; None if the world size is 1."""
         return None if self.store_group is None else self.store_group.store
 
     @classmethod
@@ -75,7 +75,7 @@ class World:
         join_timeout_s: how long to wait for the master and for the other ranks, seconds.
         timeout_s: how long a collective waits for the slowest rank, seconds.
         log: called with one line that says what was chosen, and why. Default: rank 0 prints it.
-        Raises UserError where the environment is inconsistent or the ranks do not come together.
+        Raises UserError if the environment is inconsistent or ranks do not come.
         """
         env = os.environ if environ is None else environ
         rank_env = read_rank_env(env, **flags)
@@ -133,7 +133,7 @@ class World:
                 timeout=timedelta(seconds=self.timeout_s),
                 device_id=self.device if self.device.type == "cuda" else None,
             )
-            # A rank that ends at once must not be gone before its peers have connected.
+            # No rank may exit before its peers have connected to it.
             dist.barrier()
         except (RuntimeError, ValueError) as error:
             self.leave()
@@ -149,7 +149,7 @@ class World:
             print(f"[rank {self.rank}] {text}", flush=True)
 
     def describe(self) -> dict[str, Any]:
-        """Place, host and device, as plain values for logs."""
+        """Rank, host and device, as plain values for logs."""
         return {
             "rank": self.rank,
             "world_size": self.world_size,
@@ -169,14 +169,14 @@ class World:
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.
 
-        A DistributedDataParallel model that still lives would keep gloo's threads, which may free their
-        last all-reduce while the interpreter goes down, and abort it: so garbage first, then the group.
-        Groups that never end are known (PyTorch's issue 75097): after twice timeout_s, by when the last
-        collective has given up, the process prints where it stands, and ends with status 1.
+        Collects garbage first: a DistributedDataParallel model that is still alive keeps gloo's threads,
+        and they may abort the process if they free their last all-reduce during shutdown. Destroying the
+        group may hang (PyTorch issue 75097). After twice timeout_s, when the last collective has timed
+        out, the process prints a traceback and exits with status 1.
         """
         if self.world_size == 1 or not dist.is_initialized():
             return
-        # By a thread of C's: what is stuck may hold Python's lock.
+        # Runs in a C thread: the stuck code may hold the GIL.
         faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=2)
         try:
             gc.collect()
@@ -193,10 +193,10 @@ class World:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Told before the group is left: leaving may hang, and the others wait for this rank meanwhile.
+        # Published before leaving the group: leaving may hang while the others wait for this rank.
         if self.store_group is not None and isinstance(error, UserError):
             self.store_group.publish_error(error)
-        # The frames of an error hold the model too.
+        # An error's frames also keep the model alive.
         while error is not None:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__

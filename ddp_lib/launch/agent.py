@@ -1,4 +1,4 @@
-"""The ranks of this machine under torch's elastic agent: one line for each failure, and no orphan."""
+"""This machine's ranks under torch's elastic agent: one line per failure, and no orphan process."""
 
 import logging
 import os
@@ -37,17 +37,17 @@ from ddp_lib.processes.exit_status import first_cause, print_error
 from ddp_lib.processes.forkserver import context, no_main_module
 from ddp_lib.processes.signals import kill_descendants, stop_signals
 
-# A machine whose ranks only lost another waits so long for that one's word: a rank that fails may
-# linger, and its agent hears of it after that.
+# If this machine's ranks only lost another rank, wait so long for the other machine's reason: a failed
+# rank may linger before its agent learns of it.
 _CAUSE_S = LINGER_S + 2
-# Ranks that are asked to leave get so long: one that is frozen, or blocked, is ended then.
+# Ranks that are asked to leave have so long; a frozen or blocked rank is then killed.
 _GRACE_S = 8
-# After another machine has given up: ranks that notice by themselves give the better reason.
+# Time after another machine gave up: ranks that notice it themselves report a better reason.
 _NOTICE_S = 5.0
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which says why it starts the ranks again, and leaves when another gave up."""
+    """torch's agent; says why it restarts the ranks, and leaves if another machine gave up."""
 
     began = False
     peers: Peers | None = None
@@ -56,11 +56,11 @@ class Agent(LocalElasticAgent):
     def _shutdown(
         self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None
     ) -> None:
-        """Ends the ranks; at a signal, the other machines get to know it first."""
+        """Ends the ranks; if a signal is the reason, the other machines learn it first."""
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):
             _publish_signal(self.peers, 128 + int(stopped.sigval))
-        if self._pcontext:  # here, since _shutdown of torch 2.11 takes no timeout
+        if self._pcontext:  # here, since torch 2.11's _shutdown takes no timeout
             self._pcontext.close(death_sig, _GRACE_S)
         super()._shutdown(death_sig)
 
@@ -72,10 +72,10 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.began = True
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.is_failed():  # of ranks that are functions, torch's agent names the first it saw
+        if result.is_failed():  # torch's agent reports only the first failure that it saw
             self._add_others(worker_group, result)
         if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
-            # A frozen rank would never fail, and torch's agent would watch it for ever.
+            # A frozen rank never fails, and torch's agent would watch it forever.
             self.closed_s = self.closed_s or time.monotonic()
             if time.monotonic() - self.closed_s > _NOTICE_S:
                 raise UserError(
@@ -95,7 +95,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _add_others(self, worker_group: WorkerGroup, result: RunResult) -> None:
-        """Adds every other rank here that did not end well; all have ended by now."""
+        """Adds every other rank of this machine that failed; all have ended by now."""
         ranks = self._pcontext
         assert isinstance(ranks, MultiprocessContext) and ranks._pc
         for worker, process in zip(worker_group.workers, ranks._pc.processes, strict=True):
@@ -115,12 +115,12 @@ def run_agent(
 ) -> int:
     """Runs `rank(*args)` as `nproc` ranks here, together with the other machines of `launch`.
 
-    Returns 0, 128 + n where signal n stopped the agent, or the exit status of the rank that failed
-    first, after a line that says why. UserError where the machines do not meet.
+    Returns 0, 128 + n if signal n stopped the agent, or the exit status of the rank that failed first,
+    after a line that says why. UserError if the machines do not meet.
     """
     if "LOGLEVEL" not in os.environ:  # torch's own variable for its agent's log
         logging.disable(logging.ERROR)
-    # As in the ranks: nohup's word stands.
+    # As in the ranks, which keep nohup's setting.
     names = ",".join(number.name for number in stop_signals())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
     try:
@@ -129,7 +129,7 @@ def run_agent(
         try:
             return _run(rank, args, nproc, launch, rendezvous, join_timeout_s)
         except (SignalException, SystemExit):
-            if peers and peers.seen:  # by this signal another machine's end stops this one
+            if peers and peers.seen:  # the signal came from `stop`: another machine ended the job
                 return peers.seen[1]
             raise
         finally:
@@ -165,7 +165,7 @@ def _run(
 
     def stop(line: str, status: int) -> None:
         print_error(line)
-        # torch's agent ends its ranks and raises; as there, where a signal was the reason.
+        # torch's agent then ends its ranks and raises. Uses the signal of the other machine, if any.
         number = status - 128 if status - 128 in stop_signals() else signal.SIGTERM
         os.kill(os.getpid(), number)
 
@@ -177,8 +177,8 @@ def _run(
             result = agent.run()
         finally:
             if peers:
-                peers.stop_watching()  # it would see this machine's own word
-    except (SignalException, SystemExit) as stopped:  # by torch's handler, and before it by ours
+                peers.stop_watching()  # it would see this machine's own end
+    except (SignalException, SystemExit) as stopped:  # from torch's handler, or earlier from ours
         if isinstance(stopped, SystemExit) and isinstance(stopped.code, int):
             _publish_signal(peers, stopped.code)
         raise
@@ -202,7 +202,7 @@ def _run(
 def _explain(
     error: Exception, began: bool, launch: Launch, peers: Peers | None, join_timeout_s: float
 ) -> UserError:
-    """What it means that torch's rendezvous failed."""
+    """Explains why torch's rendezvous failed."""
     endpoint = launch.endpoint
     where = "this machine" if endpoint is None else join_host(endpoint.host, endpoint.port)
     if began:
@@ -222,14 +222,14 @@ def _explain(
 def _publish_signal(peers: Peers | None, status: int) -> None:
     if peers is None:
         return
-    peers.stop_watching()  # it would see this machine's own word
+    peers.stop_watching()  # it would see this machine's own end
     if not peers.seen:
         name = signal.Signals(status - 128).name
         peers.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
 
 
 def _agree_on_cause(failures: dict[int, ProcessFailure], peers: Peers | None) -> tuple[str, int]:
-    """The line that names the cause, of all machines, and the exit status."""
+    """The line that names the cause on any machine, and the exit status."""
     failure = cause_of(failures)
     if peers is None or not peers.fixed:
         return failure.line, failure.status
@@ -243,7 +243,7 @@ def _agree_on_cause(failures: dict[int, ProcessFailure], peers: Peers | None) ->
 
 @dataclass(frozen=True)
 class RankFailure:
-    """A rank's end as its agent sees it, and what the rank has written of it."""
+    """How a rank ended, from its agent and from what the rank wrote about it."""
 
     rank: int
     time: float
@@ -253,24 +253,24 @@ class RankFailure:
 
 
 def read_failure(rank: int, process: ProcessFailure) -> RankFailure:
-    """From the status of the process, and the error file that the rank wrote (see exit_status.py)."""
-    code, who = process.exitcode, f"rank {rank} on {socket.gethostname()}"
+    """From the process's status and the error file that the rank wrote (see exit_status.py)."""
+    code, name = process.exitcode, f"rank {rank} on {socket.gethostname()}"
     status, consequence, at = code if code >= 0 else 128 - code, 0, float(process.timestamp)
     if isinstance(process.message, dict):
         extra = process.message.get("extraInfo", {})
         at, consequence = float(extra.get("time", at)), int(bool(extra.get("consequence")))
         line = " ".join(str(process.message["message"]).split())
-        line = line if line.startswith("rank ") else f"{who}: {line}"
+        line = line if line.startswith("rank ") else f"{name}: {line}"
     else:
-        at += 1  # torch's clock of a death without a word counts whole seconds
+        at += 1  # for a rank that wrote nothing, torch gives whole seconds
         if code == -signal.SIGKILL:
-            line = f"{who} died of SIGKILL: killed by hand, or for want of memory"
+            line = f"{name} died of SIGKILL: killed by hand, or for want of memory"
         elif code < 0:
-            line = f"{who} died of {process.signal_name()}"
+            line = f"{name} died of {process.signal_name()}"
         elif code - 128 in (signal.SIGINT, signal.SIGTERM):
-            line = f"{who} was stopped by {signal.Signals(code - 128).name}"
+            line = f"{name} was stopped by {signal.Signals(code - 128).name}"
         else:
-            line = f"{who} ended with status {code}; its output stands above"
+            line = f"{name} ended with status {code}; its output stands above"
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         consequence = 2
     return RankFailure(rank, at, consequence, line, status)

@@ -1,7 +1,7 @@
-"""ddp-launch check: run on every machine before training, it says why they would not train together.
+"""ddp-launch check: run it on every machine before training; it says why they would not train together.
 
 The machines meet as in training, at the master's port. Each listens where gloo would, connects to all
-others, and tells what it found; every machine prints the same table, and one line for each cause.
+others and reports. Every machine prints the same table, and one line per cause.
 """
 
 import os
@@ -20,8 +20,8 @@ import torch.distributed as dist
 from ddp_lib.data.dataset import digest_of
 from ddp_lib.distributed.addresses import (
     Endpoint,
+    endpoint_addresses,
     is_here,
-    meanings,
     own_address,
     own_addresses,
     resolve,
@@ -41,14 +41,14 @@ from ddp_lib.launch.options import (
     read_launch,
 )
 
-# Shares of --timeout-s: until then all have come; have measured; have read the others' findings.
+# Fractions of --timeout-s by which all must have come, measured, and read the others' results.
 _CAME, _MEASURED, _READ = 0.5, 0.8, 0.9
 _PINGS, _LOAD_S = 20, 0.5
 
 
 @dataclass(frozen=True)
 class Part:
-    """This machine's part: where all meet, how many they are, and its number, if it has one."""
+    """Where the machines meet, how many there are, and this machine's number, if it has one."""
 
     endpoint: Endpoint
     size: int
@@ -59,10 +59,10 @@ class Part:
 
 
 def run_check(launch: LaunchOptions, options: CheckOptions) -> int:
-    """Prints the table and the causes; 0 where all is well, 2 where something is wrong."""
+    """Prints the table and the causes; 0 if all is well, else 2."""
     if not options.timeout_s > 0:
         raise UserError(f"--timeout-s is {options.timeout_s:g}: give a number of seconds above 0")
-    _never_longer_than(options.timeout_s)
+    _exit_after(options.timeout_s)
     part = read_part(launch)
     began = time.monotonic()
     wait_for_name(part.endpoint, _CAME * options.timeout_s)
@@ -96,18 +96,18 @@ def _say(lines: list[str]) -> int:
     return 2 if lines else 0
 
 
-def _never_longer_than(timeout_s: float) -> None:
+def _exit_after(timeout_s: float) -> None:
     def end() -> None:
         print(f"ddp-launch check: not done within {timeout_s:g} s", file=sys.stderr, flush=True)
         os._exit(2)
 
-    limit = threading.Timer(timeout_s, end)
-    limit.daemon = True
-    limit.start()
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 def read_part(options: LaunchOptions) -> Part:
-    """From the launcher's flags or PET_* variables, else from the four variables."""
+    """From the launcher's flags or PET_* variables, else from RANK, WORLD_SIZE and MASTER_*."""
     if options.rdzv_endpoint or options.nnodes != "1" or pet_variables():
         launch = read_launch(options)
         if launch.endpoint is None:
@@ -135,11 +135,11 @@ def read_part(options: LaunchOptions) -> Part:
 
 
 def report(launch: LaunchOptions, options: CheckOptions, part: Part, address: str) -> Report:
-    """What this machine says of itself, as plain values."""
+    """This machine's report, as plain values."""
     troubles = []
     addresses = resolve(part.endpoint.host, part.endpoint.port)
     named_here = part.endpoint.host.partition(".")[0] == socket.gethostname().partition(".")[0]
-    guessed = meanings(part.endpoint, False) != addresses
+    guessed = endpoint_addresses(part.endpoint, False) != addresses
     if guessed and not (named_here or part.rank == 0):
         troubles.append(
             f"{part.endpoint.host_name} means {addresses[0]} here, this machine itself: correct /etc/hosts, "
@@ -180,7 +180,7 @@ def report(launch: LaunchOptions, options: CheckOptions, part: Part, address: st
 def _exchange_reports(
     part: Part, mine: Report, began: float, timeout_s: float
 ) -> tuple[list[Report], list[Measured | None]]:
-    """Reports and measurements of all that came; UserError if this machine reached nobody."""
+    """Reports and measurements of all machines that came; UserError if this one reached nobody."""
     came, measured, read = (began + share * timeout_s for share in (_CAME, _MEASURED, _READ))
     hosts = part.hosts
     server: dist.Store | None = None
@@ -194,7 +194,7 @@ def _exchange_reports(
     if server is None:
         server = reach_store(part.endpoint, _left_s(came), False)
     store = dist.PrefixStore("ddp_lib/check", server)
-    # Numbered as they come, not by --node-rank: a number given twice must not hide a machine.
+    # Numbered in order of arrival: a --node-rank given twice must not hide a machine.
     group = StoreGroup(store, 0 if hosts else None, part.size)
     reports = group.exchange("check", mine, timeout_s, deadline=came, complete=False)
     number = group.rank or 0
@@ -219,7 +219,7 @@ def _exchange_reports(
 
 
 def _connect(reports: list[Report], number: int) -> list[dict[str, Any]]:
-    """What this machine finds on the way to each of the others."""
+    """This machine's connection to each of the others."""
     others = [n for n, report in enumerate(reports) if n != number and report.get("probe")]
     links = [asdict(Link("has no address" if n != number else "")) for n in range(len(reports))]
     probes = [tuple(reports[n]["probe"]) for n in others]

@@ -1,23 +1,23 @@
-"""What ddp-launch check concludes from what the machines found: pure functions of plain values."""
+"""What ddp-launch check concludes from the machines' reports: pure functions of plain values."""
 
 from typing import Any
 
 from ddp_lib.distributed.addresses import join_host
 
-# Enough for checkpoints and logs of anything that this project trains.
+# Enough for the checkpoints and logs of all models in this project.
 _LEAST_FREE = 1 << 30
 _CLOCK_S = 1.0
 
-Report = dict[str, Any]  # what a machine says of itself: see check.report
-# "links": what it found on the way to each machine, "rate": bytes per second to the next.
+Report = dict[str, Any]  # of one machine: see check.report
+# "links": its connection to each machine, "rate": bytes per second to the next.
 Measured = dict[str, Any]
 
 
 def causes(reports: list[Report], measured: list[Measured | None], waited_s: float) -> list[str]:
-    """One line for each thing that would keep the machines from training together, with its cure.
+    """One line, with its cure, per problem that would keep the machines from training together.
 
-    reports: of the machines that came, the host of the store first. measured: by each; None if it did
-    not say.
+    reports: of the machines that came, the store's host first. measured: by each; None if it did not
+    finish.
     """
     return [
         *_who(reports, waited_s),
@@ -29,7 +29,7 @@ def causes(reports: list[Report], measured: list[Measured | None], waited_s: flo
 
 
 def _who(reports: list[Report], waited_s: float) -> list[str]:
-    """Sizes that differ, numbers given twice or to nobody, machines that did not come."""
+    """Sizes that differ, numbers given twice or missing, machines that did not come."""
     lines = []
     size_name, rank_name = reports[0]["size_name"], reports[0]["rank_name"]
     for report in reports[1:]:
@@ -81,7 +81,7 @@ def _connections(reports: list[Report], measured: list[Measured | None]) -> list
             if own and i != number and own["links"][number]["trouble"]
         ]
         if failed:
-            whose = ", ".join(f"{who}'s connection {trouble}" for who, trouble in failed)
+            whose = ", ".join(f"{machine}'s connection {trouble}" for machine, trouble in failed)
             lines.append(
                 f"{name(report)} cannot be reached on the ports that the system picks (tried "
                 f"{join_host(*report['probe'])}; {whose}): gloo and NCCL use such ports, so open all "
@@ -129,7 +129,7 @@ def _clocks(reports: list[Report], measured: list[Measured | None]) -> list[str]
 
 
 def _own(report: Report) -> list[str]:
-    """What is wrong with one machine alone."""
+    """Problems of a single machine."""
     lines = [f"{name(report)}: {line}" for line in report["troubles"]]
     if report["backend"] == "nccl" and report["gpus"] < report["ranks"]:
         lines.append(
@@ -145,7 +145,7 @@ def _own(report: Report) -> list[str]:
 
 
 def table(reports: list[Report], measured: list[Measured | None]) -> str:
-    """One line a machine."""
+    """One line per machine."""
     head = (
         "machine address interface reaches latency to-next clock torch GPUs ranks free data".split()
     )

@@ -1,4 +1,4 @@
-"""ddp-launch: starts the ranks of this machine with torch's own elastic agent, or joins as one."""
+"""ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank."""
 
 import os
 import socket
@@ -33,8 +33,8 @@ USAGE = """usage: ddp-launch {train,check,plot} ...
 """
 # What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
 PRELOAD = ["ddp_lib.train", "torch._dynamo"]
-# After a signal all are gone by then: half a second later than the ranks' own limit (stop.py).
-_LIMIT_S = 4.5
+# How long the ranks may live after a signal: half a second more than their own grace_s (signals.py).
+_GRACE_S = 4.5
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def check(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
-    if given.launch == LaunchOptions() and not pet_variables() and _placed_from_outside():
+    if given.launch == LaunchOptions() and not pet_variables() and _has_rank():
         from ddp_lib.train import run
 
         return run(given.training)
@@ -121,8 +121,8 @@ def dry_run(options: LaunchOptions, training: TrainConfig) -> int:
     return 0
 
 
-def _placed_from_outside() -> bool:
-    """Whether somebody else (docker run -e, srun, torchrun) has given this process its rank."""
+def _has_rank() -> bool:
+    """Whether docker run -e, srun or torchrun has given this process its rank."""
     env = os.environ
     return bool({"RANK", "WORLD_SIZE", "MASTER_ADDR"} & env.keys()) or (
         "SLURM_PROCID" in env
@@ -134,18 +134,18 @@ def _placed_from_outside() -> bool:
 def start_agent(
     options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], *args: object
 ) -> int:
-    """Runs `rank(*args)` as this machine's ranks; returns 0, or the status of the first that failed."""
+    """Runs `rank(*args)` as this machine's ranks; returns 0, or the status of the first failed rank."""
     launch = read_launch(options)
-    with StopSignal(_LIMIT_S, _end_now, impatient=True):
+    with StopSignal(_GRACE_S, _end_now, impatient=True):
         nproc = count_ranks(launch.nproc)
-        # Before torch loads, which reads it.
+        # Set before torch loads, since torch reads it then.
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
-        # With the agent's store shared, a restart of the ranks meets the keys of those that died.
+        # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         where = ""
         if launch.endpoint is not None:
-            meeting = join_host(launch.endpoint.host, launch.endpoint.port)
-            where = f", one of {launch.nodes_text} machines, meeting at {meeting},"
+            address = join_host(launch.endpoint.host, launch.endpoint.port)
+            where = f", one of {launch.nodes_text} machines, meeting at {address},"
         print(
             f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where or ','} "
             f"OMP_NUM_THREADS={threads} a rank",
@@ -153,10 +153,10 @@ def start_agent(
         )
         os.environ[AGENT] = "1"
         try:
-            # Passed on to multiprocessing's resource tracker: where all is ended at once it tidies up,
-            # and need not say so.
+            # For multiprocessing's resource tracker, which would warn about what it tidies up after all
+            # processes are killed.
             sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-            start_server(PRELOAD)  # it imports torch while the agent does
+            start_server(PRELOAD)  # imports torch while the agent does
             from ddp_lib.launch.agent import run_agent
 
             return run_agent(rank, args, nproc, launch, join_timeout_s)
@@ -165,6 +165,6 @@ def start_agent(
 
 
 def _end_now(number: int) -> None:
-    """Called from a thread when the time to leave is over, or at the second Ctrl-C."""
+    """Called from a thread when the grace time is over, or at the second Ctrl-C."""
     kill_descendants()
     os._exit(128 + number)

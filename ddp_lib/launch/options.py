@@ -10,7 +10,7 @@ import tyro
 from ddp_lib.distributed.addresses import Endpoint, port_number
 from ddp_lib.errors import UserError
 
-# torchrun reads a default for each of its flags from these; Kubeflow's operator sets them.
+# torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
 _PET = {
     "nproc_per_node": "PET_NPROC_PER_NODE",
     "nnodes": "PET_NNODES",
@@ -78,14 +78,14 @@ class Launch:
 
 
 def pet_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Those set that say on how many machines to run, or where they meet."""
+    """The variables set that give the number of machines, or where they meet."""
     return [
         name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ
     ]
 
 
 def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Launch:
-    """What the flags say, then PET_* variables, then the defaults. UserError where they are wrong."""
+    """The flags, then PET_* variables, then the defaults. UserError if they are wrong."""
     defaults = LaunchOptions()
     values, named = dict(vars(options)), {}
     for field, variable in _PET.items():
@@ -168,7 +168,7 @@ def usable_cores() -> int:
 
 
 def count_ranks(nproc: str) -> int:
-    """Ranks on this machine for `Launch.nproc`; loads torch only where GPUs are to be counted."""
+    """Ranks on this machine for `Launch.nproc`; loads torch only to count GPUs."""
     if nproc.isdecimal():
         return int(nproc)
     if nproc == "cpu":

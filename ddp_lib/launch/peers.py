@@ -1,4 +1,4 @@
-"""What the launchers of one job tell each other at the store."""
+"""What the launchers of a job tell each other over the store."""
 
 import json
 import socket
@@ -15,16 +15,16 @@ from ddp_lib.distributed.coordination import wait_for
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 
-# How often a launcher looks whether another has ended the job; how long the host of the store waits,
-# before it leaves, for the others to have read that; how long the first to come may take to say so.
+# How often a launcher checks whether another has ended the job; how long the store's host waits for the
+# others to read that before it leaves; how long the first launcher may take to announce itself.
 _LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
 
 
 @dataclass
 class Peers:
-    """The launchers of one job, by way of the store that the master's hosts.
+    """The launchers of a job, connected by the store on the master.
 
-    seen: line and status of another launcher's end, that stopped this one.
+    seen: line and status of another launcher's end, if that stopped this launcher.
     """
 
     store: dist.Store
@@ -36,11 +36,11 @@ class Peers:
 
     @property
     def fixed(self) -> bool:
-        """Whether one machine's failure is everybody's; an elastic job goes on."""
+        """Whether a machine's failure ends the job on all; an elastic job goes on."""
         return self.launch.nodes[0] == self.launch.nodes[1] > 1
 
     def announce(self) -> None:
-        """Tells that this machine is here. UserError if it was started otherwise than those before."""
+        """Announces this machine. UserError if its flags contradict those of earlier machines."""
         me: dict[str, Any] = {
             "machine": f"{socket.gethostname()} ({self.address})",
             "nnodes": self.launch.nodes_text,
@@ -63,12 +63,12 @@ class Peers:
                     "give each machine a --node-rank of its own"
                 )
         if trouble:
-            if number <= int(first["nnodes"].rpartition(":")[2]):  # else they do without
+            if number <= int(first["nnodes"].rpartition(":")[2]):  # else it goes on without us
                 self.publish_end(trouble, 2)
             raise UserError(trouble)
 
     def arrived(self) -> list[dict[str, Any]]:
-        """Who has come so far, in order, each machine once."""
+        """The machines that have come so far, in order, each once."""
         try:
             keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
             machines = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
@@ -77,14 +77,14 @@ class Peers:
         return list({machine["machine"]: machine for machine in machines}.values())
 
     def publish_end(self, line: str, status: int) -> tuple[str, int]:
-        """Ends the job on every machine; returns the line and status that stand, the first published."""
+        """Ends the job on every machine; returns the line and status that were published first."""
         if self.fixed:
             with suppress(RuntimeError):
                 self.store.compare_set("end", "", f"{status} {line}")
         return self.read_end() or (line, status)
 
     def read_end(self) -> tuple[str, int] | None:
-        """Line and exit status that a launcher has published, if one has."""
+        """The line and exit status that a launcher has published, if any."""
         try:
             text = self.store.get("end").decode() if self.store.check(["end"]) else ""
         except RuntimeError:
@@ -97,7 +97,7 @@ class Peers:
         return line, int(status)
 
     def wait_until_read(self) -> None:
-        """Before the host of the store leaves: all have read the end, or had the time."""
+        """Makes the store's host wait, at most _LINGER_S, until all have read the end."""
         deadline = time.monotonic() + _LINGER_S
         with suppress(RuntimeError):
             while self.store.check(["end"]) and time.monotonic() < deadline:
@@ -106,7 +106,7 @@ class Peers:
                 time.sleep(0.1)
 
     def watch(self, call: Callable[[str, int], None]) -> None:
-        """From a thread: `call` with line and status of another launcher's end, once there is one."""
+        """Starts a thread that calls `call` with line and status when another launcher ends the job."""
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
@@ -121,6 +121,6 @@ class Peers:
             threading.Thread(target=look, name="peers", daemon=True).start()
 
     def stop_watching(self) -> None:
-        """No call begins after this, and one that has begun is over."""
+        """Waits for a call that has begun; none begins after this."""
         with self._calling:
             self._done.set()

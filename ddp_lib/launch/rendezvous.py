@@ -1,8 +1,8 @@
 """Where the launchers of all machines meet: torch's c10d rendezvous, on a store that is opened here.
 
-torch opens that store on all addresses, guesses by the host name which machine hosts it, and lets the
-order of addresses decide the ranks. Here the host is who has the endpoint's address, the store listens
-on that address alone, and the host's ranks come first: rank 0 is on the master.
+torch opens that store on all addresses, guesses its host from the host name, and orders ranks by address.
+Here the machine with the endpoint's address is the host, the store listens only on that address, and the
+host's ranks come first: rank 0 is on the master.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from ddp_lib.distributed.addresses import (
     Endpoint,
+    endpoint_addresses,
     is_here,
     is_loopback,
-    meanings,
     own_address,
     resolve,
 )
@@ -28,8 +28,7 @@ from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.peers import Peers
 
-# How long an elastic job that has its least number of machines waits for more: those that come later
-# are taken in as well.
+# How long an elastic job with its minimum of machines waits for more; later ones may still join.
 _LAST_CALL_S = 10
 
 
@@ -86,8 +85,8 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
 
 
 def _master(endpoint: Endpoint, address: str, here: bool) -> str:
-    """What MASTER_ADDR is to be for the ranks of this machine."""
-    addresses = meanings(endpoint, False)
+    """MASTER_ADDR for this machine's ranks."""
+    addresses = endpoint_addresses(endpoint, False)
     outward = [address for address in addresses if not is_loopback(address)]
     guessed = addresses != resolve(endpoint.host, endpoint.port)
     if here and guessed and len(outward) == 1:

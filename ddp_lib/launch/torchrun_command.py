@@ -9,10 +9,10 @@ from ddp_lib.launch.options import Launch
 
 
 def plain_command(launch: Launch, nproc: int, threads: str, training: TrainConfig) -> str:
-    """One line for a shell: environment, torchrun, its flags, and the training's.
+    """A shell command in one line: environment, torchrun, its flags, and the training's.
 
-    What it cannot say: torchrun opens its store on all addresses, and, unless --node-rank is given,
-    may make another machine's rank number 0.
+    It differs in two things: torchrun opens its store on all addresses and, unless --node-rank is given,
+    may put rank 0 on another machine.
     """
     environment = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     names = (*environment, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -39,7 +39,7 @@ def plain_command(launch: Launch, nproc: int, threads: str, training: TrainConfi
 
 
 def flags(training: TrainConfig) -> list[str]:
-    """The words of a command line that give this configuration: those that are not the defaults."""
+    """The flags that give this configuration; defaults are left out."""
     words = []
     for name, value in vars(training).items():
         if value != getattr(TrainConfig(), name):

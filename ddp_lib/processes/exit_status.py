@@ -1,4 +1,4 @@
-"""How a failure becomes one line and an exit status, and which of several was the cause."""
+"""Turns a failure into one line and an exit status, and finds which of several was the cause."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ddp_lib.processes.signals import AGENT
 
 
 class Failure(Protocol):
-    """Anything that says when a rank failed, and whether another rank's failure was the reason."""
+    """When a rank failed, and whether another rank's failure was the reason."""
 
     @property
     def rank(self) -> int: ...
@@ -24,19 +24,19 @@ class Failure(Protocol):
     def time(self) -> float: ...
     @property
     def consequence(self) -> int:
-        """0: a cause; 1: of another rank's failure; 2: ended by the launcher."""
+        """0: a cause; 1: consequence of another rank's failure; 2: ended by the launcher."""
 
 
 AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
 
 def first_cause(failures: Iterable[AnyFailure]) -> AnyFailure:
-    """The failure that came first, of those that are not the consequence of another."""
+    """The earliest failure that is not the consequence of another, if there is such a failure."""
     return min(failures, key=lambda failure: (failure.consequence, failure.time, failure.rank))
 
 
 def print_error(line: str, prog: str = "ddp-launch") -> None:
-    """The one place that prints a failure."""
+    """All failures are printed here."""
     print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
 
 
@@ -56,9 +56,9 @@ class Outcome:
 
     @contextmanager
     def reported_first(self, peers: Peers | None) -> Iterator[None]:
-        """Prints what is raised inside before it goes on: leaving the process group may hang.
+        """Reports an exception before it leaves the block: leaving the process group may hang.
 
-        peers: asked for the cause if this rank only lost another.
+        peers: asked for the cause if this rank only lost another rank.
         """
         try:
             yield
@@ -67,7 +67,7 @@ class Outcome:
             raise
 
     def report(self, error: BaseException, peers: Peers | None = None) -> None:
-        """Sets the status, and says why: one line, or left to the agent that started this rank."""
+        """Sets the status, and prints one line or leaves it to the agent that started this rank."""
         if error is self.reported:
             return
         self.reported = error
@@ -82,10 +82,10 @@ class Outcome:
             case KeyboardInterrupt():
                 self.status = 130
             case BrokenPipeError():
-                # What read the output (`| head`) has ended: nothing can be said there, even at exit.
+                # The reader of the output (`| head`) has ended: nothing may be printed, even at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 self.status = 128 + signal.SIGPIPE
-                if AGENT in os.environ:  # the agent must say why a rank has left
+                if AGENT in os.environ:  # the agent must say why a rank left
                     self._say("nothing reads the output any more: send it to a file")
             case SystemExit():
                 code = error.code
@@ -108,12 +108,12 @@ class Outcome:
                 self._say(f"{type(error).__name__}: {text} (its traceback stands above)")
 
     def _say(self, line: str, consequence: bool = False) -> None:
-        """Prints the line, or leaves it where the agent reads it."""
+        """Prints the line, or writes it to the file that the agent reads."""
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
             now = time.time()
-            # torch reads the first three; ddp-launch the rest, to find the cause among failures that
-            # came within one second.
+            # torch reads message, timestamp and py_callstack. ddp-launch also reads the other two, to find
+            # the cause among failures within the same second.
             extra = {
                 "timestamp": str(int(now)),
                 "py_callstack": line,
@@ -129,7 +129,7 @@ class Outcome:
 
 @contextmanager
 def as_exit_status(prog: str = "ddp-launch") -> Iterator[Outcome]:
-    """Turns what is raised inside into `outcome.status`, and reports it if that is not done yet."""
+    """Turns an exception into `outcome.status`, and reports it if that is not done yet."""
     outcome = Outcome(prog)
     try:
         yield outcome

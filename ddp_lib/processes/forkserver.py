@@ -1,9 +1,7 @@
-"""Processes that share what torch's import costs: forked from one that has imported it, and no more.
+"""Ranks forked from a server that has only imported torch: the server, and how a fork becomes a rank.
 
-The server, and what a fork does first to become a rank.
-
-Used by run_ranks and by ddp-launch. Importing torch takes each process seconds and hundreds of
-megabytes; a fork shares both, and takes a tenth of a second.
+Used by run_ranks and by ddp-launch. Importing torch takes each process seconds and hundreds of megabytes.
+A fork shares the memory and takes a tenth of a second.
 """
 
 import faulthandler
@@ -22,15 +20,15 @@ from typing import Any
 
 
 def context() -> Any:
-    """multiprocessing's context: fork server where there is one, for it has never computed, and no
-    thread is lost in the fork. Spawn elsewhere, and on macOS, whose frameworks do not survive a fork."""
+    """multiprocessing's context: the fork server, which has no threads that a fork would lose. Spawn if
+    there is none, and on macOS, whose frameworks do not survive a fork."""
     methods = multiprocessing.get_all_start_methods()
     forkserver = "forkserver" in methods and sys.platform != "darwin"
     return multiprocessing.get_context("forkserver" if forkserver else "spawn")
 
 
 def start_server(preload: list[str]) -> None:
-    """Starts the fork server, if it does not run yet; returns before it has imported `preload`, the
+    """Starts the fork server, unless it runs already. Does not wait until it has imported `preload`, the
     modules that its forks share."""
     here = context()
     if here.get_start_method() != "forkserver":
@@ -44,7 +42,7 @@ def start_server(preload: list[str]) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A process with threads must not be forked."""
+    """For the server: a process with threads must not be forked."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -57,8 +55,8 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _ignore_sigint() -> Iterator[None]:
-    """A process that is started inside ignores Ctrl-C, which a terminal and Jupyter send to all: the
-    server would print a traceback if it came while torch loads."""
+    """A process started inside ignores Ctrl-C, which a terminal and Jupyter send to all processes: the
+    server would print a traceback while it loads torch."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -81,22 +79,22 @@ def no_main_module() -> Iterator[None]:
 
 
 def become_rank() -> None:
-    """Makes this fork a rank as torchrun's would be: its threads, its output, its end."""
+    """Sets up this fork's signals, output and threads as torchrun would."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _stop_with_agent()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(line_buffering=True)  # lines, and whole ones: ranks share the pipe
-    faulthandler.disable()  # torch's agent switches it on; a death by signal is one line here
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
+            stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
+    faulthandler.disable()  # torch's agent enables it; here a death by signal is one line
     set_threads()
-    gc.freeze()  # what was imported is not this rank's garbage: collecting passes it over
+    gc.freeze()  # the collector skips what was imported
     from torch.multiprocessing import _set_thread_name
 
     _set_thread_name(f"ddp-rank{os.environ['RANK']}")  # for ps, top and pkill
 
 
 def _stop_with_agent() -> None:
-    """Makes this rank stop as by SIGTERM when the ddp-launch that started it is gone (killed)."""
+    """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed)."""
     agent = multiprocessing.parent_process()
     if agent is None:
         return
@@ -109,7 +107,7 @@ def _stop_with_agent() -> None:
 
 
 def set_threads() -> None:
-    """In the fork: torch read OMP_NUM_THREADS when the server loaded it."""
+    """Needed in a fork, since torch read OMP_NUM_THREADS when the server loaded it."""
     import torch
 
     threads = os.environ.get("OMP_NUM_THREADS", "")

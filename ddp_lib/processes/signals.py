@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: leave in order, together, and soon."""
+"""Ctrl-C, SIGTERM and a closed terminal: all ranks stop together, soon and cleanly."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ _SIGNALS = [
 class StopSignal:
     """Inside `with StopSignal() as stop:` a signal ends the process with status 128 + its number.
 
-    At once, by SystemExit; but while `stop.deferred` is true it only sets `stop.requested`, for a loop
-    that agrees with the other ranks on the step at which to leave. A process that is blocked inside
-    C++, as a rank in a collective is, runs no Python handler: a thread calls `at_last` (with the
-    signal's number; default: leave with 128 + it) `grace_s` seconds after the first signal, or, with
-    `impatient`, at the second.
+    Raises SystemExit at once. While `stop.deferred` is true it only sets `stop.requested`, for a loop
+    that agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as
+    a rank in a collective, runs no Python handler. So a thread calls `at_last` with the signal's number
+    (default: exit with 128 + number) `grace_s` seconds after the first signal or, if `impatient`, at the
+    second.
 
-    Outside the main thread, and without `with`, it does nothing: notebooks keep their own handlers.
+    Does nothing outside the main thread or without `with`: notebooks keep their own handlers.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         if self._old:
             self._restore()
-            self._writer.close()  # the thread reads the end and leaves
+            self._writer.close()  # the thread reads end of file and ends
 
     def _restore(self) -> None:
-        """Also in a forked child (a worker of a DataLoader): its signals are not this process's."""
+        """Also called in a forked child (a DataLoader's worker), which handles its own signals."""
         old, self._old = self._old, {}
         if old:
             signal.set_wakeup_fd(self._old_fd)
@@ -69,7 +69,7 @@ class StopSignal:
             raise SystemExit(128 + number)
 
     def _watch(self) -> None:
-        """Runs in a thread: Python writes each signal's number to the socket as it arrives, also
+        """Runs in a thread. Python writes each signal's number to the socket as it arrives, even
         while the main thread is inside C++."""
         with self._reader:
             number, deadline = 0, 0.0
@@ -85,13 +85,13 @@ class StopSignal:
                 if received[0] in _SIGNALS:
                     if number and self._impatient:
                         break
-                    if not number:  # further signals do not lengthen the grace
+                    if not number:  # further signals do not extend the grace time
                         number, deadline = received[0], time.monotonic() + self.grace_s
             self._at_last(number)
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Those that ask to leave; not the closed terminal's where `nohup` has switched that off."""
+    """The signals that ask to stop; without SIGHUP if `nohup` has switched it off."""
     return [
         number
         for number in _SIGNALS
@@ -100,9 +100,9 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def kill_descendants() -> None:
-    """Ends every process that this one started, and theirs, at once.
+    """Kills every process that this process started, and their children.
 
-    All but multiprocessing's resource tracker, which ends after this one, and tidies up.
+    Spares multiprocessing's resource tracker, which ends after this process and tidies up.
     """
     import psutil
 

@@ -56,24 +56,24 @@ def draw_run(folder: str | Path) -> "Figure":
     """The figure that `plot_run` saves: three panels, one above the other. Raises as `plot_run`."""
     from matplotlib.figure import Figure
 
-    steps, events = read_run(folder), read_events(folder)
-    if steps.empty:
+    log, events = read_run(folder), read_events(folder)
+    if log.empty:
         raise UserError(f"{folder} has no step in its logs yet: plot it when the run has begun")
-    ranks = steps["rank"].nunique()
+    ranks = log["rank"].nunique()
     figure = Figure(figsize=(10, 10), layout="constrained")
     loss, accuracy, speed = figure.subplots(3, 1, height_ratios=[3, 2, 2])
-    _draw_loss(loss, steps)
-    _draw_speed(speed, steps)
+    _draw_loss(loss, log)
+    _draw_speed(speed, log)
     _draw_accuracy(accuracy, events)
     _mark_restarts([loss, speed], events)
     title = f"{Path(folder).resolve().name}: {ranks} rank{'s' if ranks > 1 else ''}"
-    figure.suptitle(f"{title}, {steps['step'].nunique():,} steps")
+    figure.suptitle(f"{title}, {log['step'].nunique():,} steps")
     _legend(figure, loss)
     return figure
 
 
-def global_mean(steps: "pd.DataFrame") -> "pd.Series":
-    """The mean loss over all images of each step, indexed by step; `steps` as read_run returns it.
+def global_mean(log: "pd.DataFrame") -> "pd.Series":
+    """The mean loss over all images of each step, indexed by step; `log` as read_run returns it.
 
     Ranks are weighted by their numbers of images: the plain mean of the ranks' means would be wrong
     if these numbers differ.
@@ -81,20 +81,20 @@ def global_mean(steps: "pd.DataFrame") -> "pd.Series":
     import numpy as np
     import pandas as pd
 
-    row_groups, step_numbers = pd.factorize(steps["step"], sort=True)
-    images = np.bincount(row_groups, weights=steps["samples"])
+    row_groups, step_numbers = pd.factorize(log["step"], sort=True)
+    images = np.bincount(row_groups, weights=log["samples"])
     # bincount and not groupby: a loss that is NaN on one rank makes the step's mean NaN.
-    total = np.bincount(row_groups, weights=steps["loss"] * steps["samples"])
+    total = np.bincount(row_groups, weights=log["loss"] * log["samples"])
     return pd.Series(total / images, index=step_numbers)
 
 
-def _draw_loss(axes: "Axes", steps: "pd.DataFrame") -> None:
-    window = _window(steps)
-    by_rank = _by_rank(steps)
+def _draw_loss(axes: "Axes", log: "pd.DataFrame") -> None:
+    window = _window(log)
+    by_rank = _by_rank(log)
     for rank, rows in by_rank.items():
         _rank_line(axes, rank, rows["loss"], _smooth(rows["loss"], window), len(by_rank))
     if len(by_rank) > 1:
-        mean = _smooth(global_mean(steps), window)
+        mean = _smooth(global_mean(log), window)
         axes.plot(mean.index, mean, color="black", linewidth=1.3, label="mean of all images")
     axes.set(xlabel="step (one global batch)", ylabel="training loss (nats per image)")
     faint = ", single steps faint" if len(by_rank) <= _MANY_RANKS else ""
@@ -103,16 +103,16 @@ def _draw_loss(axes: "Axes", steps: "pd.DataFrame") -> None:
     _whole_ticks(axes)
 
 
-def _draw_speed(axes: "Axes", steps: "pd.DataFrame") -> None:
-    window = _window(steps)
-    by_rank = _by_rank(steps)
+def _draw_speed(axes: "Axes", log: "pd.DataFrame") -> None:
+    window = _window(log)
+    by_rank = _by_rank(log)
     for rank, rows in by_rank.items():
         # Images of the whole window over its seconds: a mean of speeds would favour the fast steps.
         smooth = _smooth(rows["samples"], window) / _smooth(rows["step_s"], window)
         _rank_line(axes, rank, rows["samples"] / rows["step_s"], smooth, len(by_rank))
     axes.set(xlabel="step (one global batch)", ylabel="images/s of one rank")
     axes.set_ylim(0, axes.get_ylim()[1])
-    by_step = steps.groupby("step")
+    by_step = log.groupby("step")
     all_ranks = (by_step["samples"].sum() / by_step["step_s"].max()).median()
     axes.set_title(
         f"Throughput of each rank; all together {all_ranks:,.0f} images/s (median)",
@@ -149,8 +149,8 @@ def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
 
-def _by_rank(steps: "pd.DataFrame") -> "dict[int, pd.DataFrame]":
-    return {rank: steps[steps["rank"] == rank].set_index("step") for rank in set(steps["rank"])}
+def _by_rank(log: "pd.DataFrame") -> "dict[int, pd.DataFrame]":
+    return {rank: log[log["rank"] == rank].set_index("step") for rank in set(log["rank"])}
 
 
 def _rank_line(axes: "Axes", rank: int, raw: "pd.Series", smooth: "pd.Series", ranks: int) -> None:
@@ -201,9 +201,9 @@ def _whole_ticks(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _window(steps: "pd.DataFrame") -> int:
+def _window(log: "pd.DataFrame") -> int:
     """The number of steps to average over: a thirtieth of the run."""
-    return max(1, steps["step"].nunique() // 30)
+    return max(1, log["step"].nunique() // 30)
 
 
 def _smooth(values: "pd.Series", window: int) -> "pd.Series":

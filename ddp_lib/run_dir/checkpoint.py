@@ -1,4 +1,4 @@
-"""Checkpoints: complete, atomic, verified; the newest whole one is found again."""
+"""Checkpoints: complete, atomic and verified; a restart takes the newest undamaged checkpoint."""
 
 import hashlib
 import io
@@ -17,9 +17,9 @@ PREVIOUS = "checkpoint.prev.pt"
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Writes `payload` so that `path` holds either its old content or all of the new, ever.
+    """Writes `payload`; at any time `path` holds either its old content or all of the new.
 
-    UserError where the disk refuses; the old content then stands.
+    UserError if the disk refuses; the old content then stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,7 +30,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):  # a disk that is read-only now
+        with suppress(OSError):  # the disk may be read-only now
             temporary.unlink(missing_ok=True)
         raise _refused(path, error) from None
 
@@ -43,7 +43,7 @@ def _refused(path: Path, error: OSError) -> UserError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut, where the system can."""
+    """Makes a rename in `folder` survive a power cut, if the system can."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_DIRECTORY)
         try:
@@ -59,7 +59,7 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def from_bytes(payload: bytes) -> dict[str, Any]:
-    """The state in `payload`, on the CPU; nothing but tensors and plain values is unpickled."""
+    """The state in `payload`, on the CPU; unpickles only tensors and plain values."""
     state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     assert isinstance(state, dict)
     return state
@@ -68,8 +68,8 @@ def from_bytes(payload: bytes) -> dict[str, Any]:
 def save(folder: Path, payload: bytes) -> None:
     """Writes a state's bytes as the folder's newest checkpoint and keeps its predecessor.
 
-    The file is a torch.save of {"payload": those bytes, "sha256": their digest}. UserError where the
-    disk refuses.
+    The file is a torch.save of {"payload": those bytes, "sha256": their digest}. UserError if the disk
+    refuses.
     """
     sealed = to_bytes(
         {
@@ -81,7 +81,7 @@ def save(folder: Path, payload: bytes) -> None:
     staged = folder / f".{NAME}.new"
     write_atomic(staged, sealed)
     try:
-        # Killed between these two renames, the predecessor still stands and is found.
+        # If killed between these two renames, the next start uses the predecessor.
         if newest.exists():
             os.replace(newest, folder / PREVIOUS)
         os.replace(staged, newest)
@@ -91,7 +91,7 @@ def save(folder: Path, payload: bytes) -> None:
 
 
 def _open_sealed(path: Path) -> bytes:
-    """The state's bytes in the checkpoint `path`; ValueError where it is damaged."""
+    """The state's bytes in the checkpoint `path`; ValueError if it is damaged."""
     try:
         sealed = torch.load(path, map_location="cpu", weights_only=True)
         payload = sealed["payload"].numpy().tobytes()
@@ -104,9 +104,9 @@ def _open_sealed(path: Path) -> bytes:
 
 
 def find(folder: Path, log: Callable[[str], None] = print) -> bytes | None:
-    """Bytes of the newest whole checkpoint in `folder`, or None if it holds none.
+    """The bytes of the newest undamaged checkpoint in `folder`, or None if it holds no checkpoint.
 
-    A damaged newest one is named and its predecessor used; UserError where none is whole.
+    If the newest is damaged, logs a warning and uses its predecessor. UserError if all are damaged.
     """
     damaged = []
     for name in (NAME, PREVIOUS):
@@ -130,13 +130,13 @@ def find(folder: Path, log: Callable[[str], None] = print) -> bytes | None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what writers that were killed left half-written."""
+    """Removes half-written files of killed writers."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Moves what an earlier run left in `folder` to earlier-1/, earlier-2/, ...; None: nothing there."""
+    """Moves an earlier run's files in `folder` to earlier-1/, earlier-2/, ...; None if there are none."""
     old = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
     if not old:
         return None
@@ -151,7 +151,7 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def load_weights(path: str, model: torch.nn.Module) -> None:
-    """Copies the weights in `path` (a cifar_net.pth) into `model`. UserError where they do not fit."""
+    """Copies the weights in `path` (a cifar_net.pth) into `model`. UserError if they do not fit."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""A run's log: one JSON line a step and rank, written so that a kill loses at most the last line.
+"""A run's log: one JSON line per step and rank, written so that a kill loses at most the last line.
 
 rank<R>.jsonl holds step lines, which have no "event", and event lines: "start" (each time the run
-starts or resumes), "epoch", "checkpoint", "end". Numbers that JSON does not know are written as
-Python's json writes and reads them: NaN, Infinity, -Infinity.
+starts or resumes), "epoch", "checkpoint", "end". Numbers that JSON lacks are written as Python's json
+module does: NaN, Infinity, -Infinity.
 """
 
 import json
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _WHOLE = ("rank", "start", "epoch", "step", "samples")
 _REAL = ("loss", "lr", "data_s", "compute_s", "step_s", "time")
-# Of a log in a folder: its rank, how often it was started, its bytes. A list, as it travels as JSON.
+# Of a log: its rank, its number of starts, its bytes. A list, since it is sent as JSON.
 LogSize = list[int]
 _IN_STEP_LINE = frozenset(_WHOLE[2:] + _REAL)
 
 
 class RunLog:
-    """Appends to `folder`/rank<R>.jsonl. Each line is one write to the file, without a buffer:
-    what was written stays when the process is killed, and a line costs some 10 microseconds."""
+    """Appends to `folder`/rank<R>.jsonl. Each line is a single unbuffered write: it survives a kill of
+    the process, and costs some 10 microseconds."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder = Path(folder)
@@ -49,14 +49,14 @@ class RunLog:
         self.write(event="start", start=self._earlier_starts, **fields)
 
     def end(self, step: int, why: str) -> None:
-        """The last line: of a run that is finished, or that a signal has stopped."""
+        """The last line of a run that is finished or was stopped by a signal."""
         self.write(event="end", step=step, why=why, time=time.time())
 
     def write(self, **fields: Any) -> None:
-        """One line of plain values (numbers, strings, lists of them). UserError: the disk refuses."""
+        """Writes a line of plain values (numbers, strings, lists). UserError if the disk refuses."""
         line = json.dumps(fields).encode() + b"\n"
         try:
-            # A disk that fills up takes a part of the line, and refuses only the next.
+            # A disk that fills up accepts part of the line, and refuses only the next.
             why = None if self._file.write(line) == len(line) else "No space left on device"
         except OSError as error:
             why = error.strerror
@@ -80,10 +80,9 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     """All steps of all ranks as a table, sorted by rank and step.
 
     Columns: rank, start, epoch, step, samples (integers); loss, lr, data_s, compute_s, step_s, time
-    (floats, seconds; time is Unix time). A resumed run repeats the steps that lay after its
-    checkpoint: only the last row of each rank and step is given. With `superseded`, the repeated
-    ones too, and a column `superseded` that marks them. Half-written lines are passed over.
-    UserError where `folder` holds no log.
+    (floats, seconds; time is Unix time). A resumed run repeats the steps after its checkpoint, so the
+    table has only the last row of each rank and step. `superseded` keeps the earlier rows too, marked
+    in a column `superseded`. Skips half-written lines. UserError if `folder` holds no log.
     """
     import pandas as pd
 
@@ -98,7 +97,7 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     table = table.astype({**dict.fromkeys(_WHOLE, "int64"), **dict.fromkeys(_REAL, "float64")})
     old = table.duplicated(["rank", "step"], keep="last")
     for restart in restarts:
-        # Resumed on fewer ranks: the ranks that are gone cannot repeat their steps themselves.
+        # Resumed on fewer ranks: the ranks that are gone cannot repeat their steps.
         gone = table["rank"] >= restart.get("world_size", float("inf"))
         old |= gone & (table["step"] >= restart.get("step", 0)) & (table["time"] < restart["time"])
     table["superseded"] = old
@@ -111,8 +110,8 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
 
 def read_events(folder: str | Path) -> "pd.DataFrame":
     """All events of all ranks as a table: columns event, rank, start (which start of this rank) and
-    every field that any event has, empty (NaN) where an event has none. By rank, in written order.
-    UserError where `folder` holds no log."""
+    every field that any event has, NaN if an event lacks it. Sorted by rank, in written order.
+    UserError if `folder` holds no log."""
     import pandas as pd
 
     events = [line for line in _numbered_lines(folder) if "event" in line]
@@ -126,14 +125,14 @@ def log_path(folder: str | Path, rank: int) -> Path:
 
 
 def logs_in(folder: str | Path) -> dict[int, Path]:
-    """The log of each rank that has one in `folder`, in rank order."""
+    """The ranks' logs in `folder`, in rank order."""
     matches = (re.fullmatch(r"rank(\d+)\.jsonl", path.name) for path in Path(folder).glob("rank*"))
     ranks = sorted(int(match[1]) for match in matches if match)
     return {rank: log_path(folder, rank) for rank in ranks}
 
 
 def log_sizes(folder: Path) -> list[LogSize]:
-    """What the logs in `folder` hold, to be compared with other machines'."""
+    """The sizes of the logs in `folder`, to compare with other machines."""
     return [
         [rank, path.read_bytes().count(b'"event": "start"'), path.stat().st_size]
         for rank, path in logs_in(folder).items()
@@ -142,11 +141,11 @@ def log_sizes(folder: Path) -> list[LogSize]:
 
 def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:
     """Every whole line of all ranks, in rank order, with `rank` and `start` filled in."""
-    found = logs_in(folder)
-    if not found:
+    logs = logs_in(folder)
+    if not logs:
         what = "holds no rank<R>.jsonl" if Path(folder).is_dir() else "is not a folder"
         raise UserError(f"{folder} {what}: name the folder of a run, such as runs/demo")
-    for rank, path in found.items():
+    for rank, path in logs.items():
         start = 0
         for line in _lines(path):
             if line.get("event") == "start":
@@ -163,12 +162,12 @@ def _ends_in_half_line(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of one file; what a kill or a full disk left half-written is passed over."""
+    """The whole lines of a file; skips lines that a kill or a full disk left half-written."""
     with open(path, "rb") as file:
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:  # also bytes that are no UTF-8
+            except ValueError:  # also raised for bytes that are not UTF-8
                 continue
             if isinstance(line, dict):
                 yield line

@@ -1,7 +1,7 @@
 """The logs of all ranks in the master's folder, also if the machines share no disk.
 
-Each rank writes its own log on its own machine. Logs only ever grow, so a copy is always the
-beginning of its original: the longer of two is the newer.
+Each rank writes its own log on its own machine. Logs only grow, so a copy is always the beginning of
+its original, and the longer of two copies is newer.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from ddp_lib.run_dir.log import LogSize, log_path
 def copy_newest_logs(
     folder: Path, world: World, writers: list[int], sizes: list[list[LogSize]]
 ) -> None:
-    """Before the logs are opened: brings each to the master and to the machine that continues it.
+    """Copies each log to the master and to the machine that continues it, before logs are opened.
 
-    writers: each rank's writer. sizes: `log_sizes` of each writer's folder, and [] for other ranks. All
-    ranks call it, with the same lists. Ranks may have changed machines since the last start, and a
-    killed job's last lines have not been sent.
+    writers: each rank's writer. sizes: `log_sizes` of each writer's folder, [] for other ranks. All ranks
+    call it with the same lists. Needed since ranks may have changed machines since the last start, and
+    a killed job did not send its last lines.
     """
     held = [{rank: (starts, size) for rank, starts, size in logs} for logs in sizes]
     for log in sorted({log for logs in held for log in logs}):
@@ -35,7 +35,7 @@ def copy_newest_logs(
 
 
 class LogSync:
-    """Sends what this rank's log has grown by since the last time; made after `copy_newest_logs`."""
+    """Sends new lines of this rank's log to the master; created after `copy_newest_logs`."""
 
     def __init__(self, folder: Path, world: World, writers: list[int]) -> None:
         self.folder, self.world = folder, world

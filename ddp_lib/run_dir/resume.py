@@ -1,7 +1,7 @@
-"""A run's folder: locked for one job, resumed from the newest checkpoint, and what it ends with.
+"""A run's folder: locked for one job, resumed from the newest checkpoint, and given the results.
 
-Machines that share no disk each keep a copy. The newest whole checkpoint counts, wherever it lies, and
-its holder sends it to all: rank 0 may have moved to another machine.
+Machines that share no disk each keep a copy. All resume from the newest undamaged checkpoint on any
+machine, since rank 0 may have moved; the rank that has it sends it to all.
 """
 
 import json
@@ -31,7 +31,7 @@ CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 CONFIG = "config.json"
 SUMMARY = "summary.json"
 WEIGHTS = "cifar_net.pth"
-SIGNATURE = ".job"  # of the job that has the folder, and of the rank that writes there
+SIGNATURE = ".job"  # names the job that has the folder, and the rank that writes there
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Run:
     """An opened run.
 
     folder: this machine's copy. is_writer: whether this rank writes the checkpoint there. began: when
-    the run first started (Unix time), its identity. resumed: the checkpoint to go on from. finished:
-    the summary of a run that has nothing left to do. log_sync: if machines share no disk.
+    the run first started (Unix time), its identity. resumed: the checkpoint to continue from. finished:
+    the summary, if nothing is left to do. log_sync: None if all machines share the folder.
     """
 
     folder: Path
@@ -60,8 +60,8 @@ class Run:
 def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Run]:
     """Opens the run's folder for this job on every rank, and decides where to start.
 
-    UserError on every rank: another job has the folder; a checkpoint is of another configuration
-    (--resume auto); there is none (--resume must); a folder cannot be written.
+    UserError, on every rank, if another job has the folder, a checkpoint has another configuration
+    (--resume auto), there is no checkpoint (--resume must), or a folder cannot be written.
     """
     folder, timeout_s = Path(config.run_dir), config.data_timeout_s
     warn_if_in_container(folder.resolve(), world)
@@ -115,10 +115,10 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
 
 @dataclass(frozen=True)
 class Copy:
-    """What one machine's copy of the folder holds, as its writer tells all; other ranks tell nothing.
+    """What a machine's copy of the folder holds, sent by its writer; other ranks send an empty Copy.
 
-    began: when the run first started, Unix time (0: not known). step: of the newest whole checkpoint
-    (-1: none). damage: why a checkpoint is not whole. summary: of a run that was finished.
+    began: when the run first started, Unix time (0: not known). step: of the newest undamaged checkpoint
+    (-1: none). damage: what is wrong with a checkpoint. summary: of a finished run.
     """
 
     host: str
@@ -129,14 +129,14 @@ class Copy:
     summary: dict[str, Any] | None = None
 
     def is_older_than(self, began: float) -> bool:
-        """Whether this is left over from a run before the one that began at `began`."""
+        """Whether this is left over from a run earlier than the run that began at `began`."""
         return self.began < began and (self.step >= 0 or bool(self.logs))
 
 
 def inspect(folder: Path, config: TrainConfig, world: World) -> tuple[bytes, Copy]:
-    """The bytes of this folder's newest whole checkpoint (none: empty), and what else it holds.
+    """The bytes of this folder's newest undamaged checkpoint (empty if none), and what else it holds.
 
-    UserError if that is of another configuration.
+    UserError if the checkpoint has another configuration.
     """
     host = socket.gethostname()
     checkpoint.clean(folder)
@@ -147,7 +147,7 @@ def inspect(folder: Path, config: TrainConfig, world: World) -> tuple[bytes, Cop
     try:
         payload = checkpoint.find(folder, lambda line: world.say(line, True))
     except UserError as error:
-        damage = str(error)  # no reason to stop yet: another machine may have a whole one
+        damage = str(error)  # not raised yet: another machine may have an undamaged checkpoint
     if payload is not None:
         state = checkpoint.from_bytes(payload)
         differences = config.differences(state["config"])
@@ -164,9 +164,9 @@ def inspect(folder: Path, config: TrainConfig, world: World) -> tuple[bytes, Cop
 
 
 def newest_checkpoint(copies: list[Copy], config: TrainConfig) -> int | None:
-    """The rank whose checkpoint all go on from, the lowest of equals; None: a fresh start.
+    """The rank with the newest checkpoint, the lowest such rank; None: a fresh start.
 
-    `copies` are of one run. UserError if none is whole, and if there must be one and is not.
+    `copies` are of one run. UserError if all are damaged, or if --resume must finds no checkpoint.
     """
     rank = max(range(len(copies)), key=lambda rank: (copies[rank].step, -rank))
     if copies[rank].step >= 0:
@@ -188,14 +188,14 @@ def move_aside(folder: Path, world: World, why: str) -> None:
 
 
 def write_results(folder: Path, weights: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:
-    """The trained model, then the summary: a run with a summary has its model too."""
+    """Writes the model before the summary, so that a run with a summary has its model too."""
     checkpoint.write_atomic(folder / WEIGHTS, checkpoint.to_bytes(weights))
     text = json.dumps(summary, indent=2) + "\n"
     checkpoint.write_atomic(folder / SUMMARY, text.encode())
 
 
 def warn_if_in_container(folder: Path, world: World) -> None:
-    """Rank 0 says so if the run's folder is inside a container, and not on a volume of it."""
+    """Rank 0 warns if the run's folder is inside a container and not on a volume."""
     if world.is_main and CONTAINER in os.environ and not _on_a_mount(folder):
         world.say(
             f"{folder} lies inside this container: with --rm the model will be lost; "
@@ -221,10 +221,9 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
     """Locks `folder` for this job until `stack` closes; returns each rank's writer.
 
     The writer of a rank is the rank that writes the checkpoint into the folder that both see. Finds out
-    which machines share a disk: rank 0, and then the first rank of every machine, tries to lock the
-    folder; who gets the lock signs a file in it; and all who read the same signature share that folder.
-    So it also holds if a file system's locks reach no further than one machine: the last signature
-    counts.
+    which machines share a disk. Rank 0, then the first rank of each machine, tries to lock the folder.
+    A rank that gets the lock signs a file in it, and all ranks that read the same signature share the
+    folder. The last signature counts, so this also works if locks hold only within a machine.
 
     UserError, on every rank, if another job has the folder on any machine, or if it is not writable.
     """
@@ -255,7 +254,7 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
 
 
 def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
-    """Whether this process now has the folder, made if need be."""
+    """Whether this process now has the folder, which is created if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -279,7 +278,7 @@ def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # a disk that is read-only by now; the next job writes over it
+    with suppress(OSError):  # the disk may be read-only now; the next job overwrites the file
         path.unlink()
 
 

@@ -1,4 +1,4 @@
-"""One rank's copy of the model: wrapped in DDP, and kept equal to the others'."""
+"""A rank's copy of the model: wrapped in DDP, and kept equal to the other ranks' copies."""
 
 import hashlib
 import inspect
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
 
-# torch 2.15 renames it; 2.11 knows the old name only.
+# torch 2.15 renames the parameter; 2.11 has only the old name.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {
     name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _PARAMETERS
@@ -23,7 +23,7 @@ if len(_NO_BUFFER_SYNC) == 2:
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
-    """`model` in DistributedDataParallel; in a world of one, the model itself.
+    """`model` in DistributedDataParallel; for world size 1, the model itself.
 
     Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read
     them, and `evaluate` and the checkpoints take rank 0's.
@@ -39,20 +39,20 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 
 
 def gradient_sync(net: nn.Module, on: bool) -> AbstractContextManager[object]:
-    """Around a forward and its backward: with `on` DDP averages the gradients over the ranks; without,
-    they add up on this rank. `no_sync` must hold the forward too, which prepares the averaging."""
+    """Put it around forward and backward. With `on`, DDP averages the gradients over the ranks; else they
+    add up on this rank. It must include the forward, which prepares the averaging."""
     if on or not isinstance(net, DistributedDataParallel):
         return nullcontext()
-    held: AbstractContextManager[object] = net.no_sync()
-    return held
+    no_sync: AbstractContextManager[object] = net.no_sync()
+    return no_sync
 
 
 def warm_up(net: nn.Module, x: torch.Tensor) -> None:
-    """A throw-away forward and backward, before the state is loaded; a compiled model is compiled.
+    """A throw-away forward and backward, before the state is loaded; compiles a compiled model.
 
-    DDP rebuilds its buckets after the first backward, in the order in which gradients came. On 3 and
-    more ranks another place in a bucket sums in another order: without this, a resumed run's second
-    step would not have the bits of the unbroken run's.
+    DDP rebuilds its buckets after the first backward, in the order in which gradients arrived. On 3 or
+    more ranks, a gradient's position in its bucket changes the order of the sums. Without this, a resumed
+    run's second step would differ in bits from an uninterrupted run's.
     """
     net.train()
     net(x).sum().backward()

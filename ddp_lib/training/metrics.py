@@ -1,7 +1,7 @@
-"""What each step of an epoch gave: loss and times, logged, and summed up over the ranks.
+"""Loss and times of each step of an epoch: logged, and summed over the ranks.
 
-On a GPU a step's work is only queued when Python goes on. Reading its loss at once would leave the GPU
-idle until the next step is queued, so on a GPU a step is read and logged one step later.
+On a GPU, Python only queues a step's work. Reading its loss at once would leave the GPU idle until the
+next step is queued, so on a GPU a step is read and logged one step later.
 """
 
 import time
@@ -19,13 +19,13 @@ from ddp_lib.run_dir.log import RunLog
 from ddp_lib.training.evaluate import Evaluation
 from ddp_lib.training.progress import Progress
 
-# The speed that is shown is the mean of so many steps: the host may read several at once.
+# The displayed speed is the mean over this many steps, since the host may read several at once.
 _SHOWN_STEPS = 10
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step whose work is queued; `loss` and `flags` are on their way to the host."""
+    """A step whose work is queued; `loss` and `flags` are being copied to the host."""
 
     number: int
     samples: int
@@ -36,7 +36,7 @@ class _Step:
     arrived: torch.cuda.Event | None
 
     def read(self) -> tuple[float, int, int, bool]:
-        """Waits. This rank's loss; the rank with a bad loss, from 1 (0: none); signal; save."""
+        """Waits; returns this rank's loss, the rank with a bad loss from 1 (0: none), signal, save."""
         if self.arrived is not None:
             self.arrived.synchronize()
         bad_rank, signal, save = self.flags.tolist()
@@ -45,9 +45,9 @@ class _Step:
 
 @dataclass
 class EpochMetrics:
-    """The steps of one epoch, from when this object is made."""
+    """The steps of an epoch, which starts when this object is created."""
 
-    lag: ClassVar[int] = 0  # steps that the CPU leaves queued; a GPU leaves 1
+    lag: ClassVar[int] = 0  # steps left queued on a CPU; on a GPU 1
 
     epoch: int
     global_batch_size: int
@@ -64,13 +64,13 @@ class EpochMetrics:
     def record(
         self, step: int, samples: int, lr: float, data_s: float, loss: torch.Tensor, status: Status
     ) -> tuple[int, bool]:
-        """Takes step number `step`, counted through all epochs, after its backward.
+        """Records step number `step`, counted through all epochs, after its backward.
 
         samples: of this rank. data_s: seconds that its batch took. loss: this rank's mean, on the
-        device. Returns what `flush` does; on a GPU of the step before this one.
+        device. Returns what `flush` does; on a GPU, for the previous step.
         """
         if status.work is not None:
-            status.work.wait()  # on a GPU it queues the wait, and does not wait itself
+            status.work.wait()  # on a GPU this only queues the wait
         on_gpu = loss.is_cuda
         loss, flags = (value.to("cpu", non_blocking=True) for value in (loss, status.flags))
         arrived = torch.cuda.Event() if on_gpu else None
@@ -80,10 +80,10 @@ class EpochMetrics:
         return self.flush(keep=1 if on_gpu else self.lag)
 
     def flush(self, keep: int = 0) -> tuple[int, bool]:
-        """Waits for the queued steps, but for the last `keep`, and logs them.
+        """Waits for the queued steps, except the last `keep`, and logs them.
 
-        Returns the highest signal that any rank has had (0: none), and whether a checkpoint is due:
-        the same on every rank. UserError, on every rank, if any rank's loss is not finite.
+        Returns the highest signal that any rank received (0: none) and whether a checkpoint is due, the
+        same on every rank. UserError, on every rank, if any rank's loss is not finite.
         """
         signal, save = 0, False
         while len(self._queued) > keep:
@@ -111,7 +111,7 @@ class EpochMetrics:
     def report(
         self, step: int, train_loss: float, images_per_s: float, evaluation: Evaluation
     ) -> None:
-        """Rank 0 logs and shows how the epoch ended, which was before step number `step`."""
+        """Rank 0 logs and shows the results of the epoch, which ended before step number `step`."""
         if self.world.rank == 0:
             self.log.write(
                 event="epoch",

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and precision: what the loop decides before and at each step."""
+"""Optimizer, learning rate and precision, which the loop sets up at the start and per step."""
 
 import math
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from ddp_lib.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """One cycle: a straight rise to config.lr, then half a cosine down to zero.
+    """One cycle: a linear rise to config.lr, then half a cosine down to zero.
 
-    A function of the step alone, so that a resumed run needs no scheduler's state. The idea is
-    Smith & Topin's "super-convergence" (2017).
+    It depends only on the step, so a resumed run needs no scheduler state. The idea is Smith & Topin's
+    "super-convergence" (2017).
     """
     rise = max(1, round(config.warmup * total_steps))
     if step < rise:
@@ -25,7 +25,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int
 ) -> float:
-    """Sets step number `step`'s learning rate, and returns it."""
+    """Sets and returns the learning rate of step number `step`."""
     lr = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -49,7 +49,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """fp32, bf16 or fp64, and why: for `auto`, bf16 autocast where the processor computes in it."""
+    """fp32, bf16 or fp64, and why; `auto` is bf16 autocast if the processor computes in bf16."""
     if asked != "auto":
         return asked, "asked for"
     if device.type == "cuda":
@@ -60,7 +60,7 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Of parameters, batches and losses; bf16 is for what autocast computes in it."""
+    """The type of parameters, batches and losses; only autocast uses bf16."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 

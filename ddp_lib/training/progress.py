@@ -8,7 +8,7 @@ from typing import Any
 
 from ddp_lib.distributed.world import World
 
-# Without a terminal: at most so many lines per epoch, at least so many seconds apart.
+# Without a terminal: the most lines per epoch, and the fewest seconds between them.
 _LINES_PER_EPOCH = 10
 _LINE_EVERY_S = 2.0
 
@@ -32,7 +32,7 @@ class Progress:
         return None
 
     def say(self, text: str) -> None:
-        """A line of this rank, above the bar if there is one."""
+        """Prints a line of this rank, above the bar if there is one."""
         text = f"[rank {self.world.rank}] {text}"
         if self.bar is not None:
             self.bar.write(text)
@@ -40,7 +40,7 @@ class Progress:
             print(text, flush=True)
 
     def say_once(self, text: str) -> None:
-        """A line that is the same for all ranks: rank 0 says it."""
+        """Prints a line that is the same for all ranks, on rank 0."""
         if self.world.rank == 0:
             self.say(text)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ddp_lib.distributed import addresses as network
-from ddp_lib.distributed.addresses import Endpoint, meanings, name_interface, own_address
+from ddp_lib.distributed.addresses import Endpoint, endpoint_addresses, name_interface, own_address
 
 OWN = {"127.0.0.1": "lo", "::1": "lo", "10.0.0.5": "eth0", "fe80::5": "eth0"}
 
@@ -43,7 +43,7 @@ def _made_up(monkeypatch):
     ],
 )
 def test_what_a_host_means(host, one_machine, expected):
-    assert meanings(Endpoint(host, 1), one_machine) == expected
+    assert endpoint_addresses(Endpoint(host, 1), one_machine) == expected
 
 
 @pytest.mark.parametrize(

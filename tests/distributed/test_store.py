@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ddp_lib.distributed.addresses import Endpoint, first_hit
+from ddp_lib.distributed.addresses import Endpoint, wait_until_true
 from ddp_lib.distributed.store import reach_store
 from ddp_lib.errors import UserError
 from tests.lab.joining import TIMEOUT_S, four, outcome, start
@@ -47,7 +47,7 @@ def test_a_second_master_is_refused():
     port = free_port()
     first = start(TIMEOUT_S, **four(0, port))
     try:
-        assert first_hit(lambda: listens(port), time.monotonic() + TIMEOUT_S)
+        assert wait_until_true(lambda: listens(port), time.monotonic() + TIMEOUT_S)
         code, text = outcome(start(**four(0, port)))
         assert code == 2 and f"MASTER_PORT={port} cannot be opened" in text
         assert first.poll() is None
@@ -125,12 +125,12 @@ LOOK = """
 import socket, threading, time
 import torch.distributed as dist
 from ddp_lib.distributed.addresses import Endpoint
-from ddp_lib.distributed.store import _look_for_rival
+from ddp_lib.distributed.store import _look_for_other_rank0
 
 server = socket.create_server(("127.0.0.1", 0))
 endpoint = Endpoint("127.0.0.1", server.getsockname()[1])
 look = (endpoint, "job", dist.HashStore(), "me", time.monotonic() + 600)
-threading.Thread(target=_look_for_rival, args=look).start()
+threading.Thread(target=_look_for_other_rank0, args=look).start()
 for _ in range(2):  # the first asks whether anybody listens, the second is torch's
     server.accept()
 """

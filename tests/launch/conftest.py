@@ -15,7 +15,7 @@ import sys
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.exit_status import as_exit_status
 from tests.lab.rank_script import run
-launch._LIMIT_S = float(sys.argv[1])
+launch._GRACE_S = float(sys.argv[1])
 launch.PRELOAD = ["torch"]  # all that the workers below need: half of what a training loads
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
 with as_exit_status() as outcome:
