@@ -195,6 +195,9 @@ class World:
     ) -> None:
         # Published before leaving the group: leaving may hang while the others wait for this rank.
         if self.store_group is not None and isinstance(error, UserError):
+            faulthandler.dump_traceback_later(
+                2 * self.timeout_s, exit=True, file=2
+            )  # as in `leave`
             self.store_group.publish_error(error)
         # An error's frames also keep the model alive.
         while error is not None:

@@ -26,8 +26,8 @@ class LaunchOptions:
     """Which ranks to start; named as torchrun names them."""
 
     nproc_per_node: str = "auto"
-    """Ranks on this machine: a number, gpu (one a GPU), cpu (one a core), or auto: one a GPU, and one
-    where there is none."""
+    """Ranks on this machine: a number, gpu (one per GPU), cpu (one per core), or auto: one per GPU, and
+    one if there is none."""
     nnodes: str = "1"
     """Machines: a number, or MIN:MAX for an elastic job."""
     rdzv_endpoint: str = ""
