@@ -34,7 +34,7 @@ class LaunchOptions:
     """HOST:PORT of the machine where all meet, the master; the same on every machine. [address]:PORT
     for IPv6."""
     node_rank: str = ""
-    """This machine's number, 0 on the master, where ranks must not depend on who comes first."""
+    """This machine's number, 0 on the master, if ranks must not depend on which machine comes first."""
     rdzv_id: str = "ddp"
     """Name of the job, the same on every machine."""
     max_restarts: int = 0
@@ -46,10 +46,10 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to look at beside the network."""
+    """What to check besides the network."""
 
     data: str = ""
-    """The training's --data; where it is given, its content is compared."""
+    """The training's --data; if it is given, its content is compared."""
     data_dir: str = "data"
     """The training's --data-dir."""
     run_dir: str = "runs/default"
