@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -73,11 +74,19 @@ processes_started: list[str] = []
 
 
 def note_process(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in STARTS:
+    if event in STARTS and not looks_for_a_library():
         processes_started.append(f"{event} {arguments[:1]}")
     # multiprocessing's fork server has no event of its own, but is asked for each process.
     elif event == "socket.connect" and arguments[1] == forkserver._forkserver._forkserver_address:
         processes_started.append("a process of the fork server")
+
+
+def looks_for_a_library() -> bool:
+    """Whether it is ctypes that starts ldconfig or a compiler, as the first import of torch makes it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("ctypes/util.py"):
+        frame = frame.f_back
+    return frame is not None
 
 
 sys.addaudithook(note_process)

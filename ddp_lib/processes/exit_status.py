@@ -31,8 +31,11 @@ AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
 
 def first_cause(failures: Iterable[AnyFailure]) -> AnyFailure:
-    """The earliest failure that is not the consequence of another, if there is such a failure."""
-    return min(failures, key=lambda failure: (failure.consequence, failure.time, failure.rank))
+    """The earliest failure that is not the consequence of another, if there is such a failure.
+
+    Of failures at the same time, the first in the order given.
+    """
+    return min(failures, key=lambda failure: (failure.consequence, failure.time))
 
 
 def print_error(line: str, prog: str = "ddp-launch") -> None:
