@@ -3,7 +3,7 @@
 python benchmarks/faults.py [--only REGEX]     as root, on Linux; some minutes
 
 The machines are network namespaces of this computer, each with its own folder as its disk. The faults and
-the training are those of tests/hosts/damage.py. Writes results/faults.json and the table in the README;
+the training are those of tests/lab/damage.py. Writes results/faults.json and the table in the README;
 with --only, it replaces only those rows.
 """
 
@@ -18,10 +18,12 @@ from typing import Any
 
 from report import RESULTS, ROOT, into_readme, save, table
 
-sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+sys.path.insert(0, str(ROOT))
 
-from damage import FAULTS, GATE, STEPS_PER_EPOCH, Outcome, make_images, unbroken
-from machines import Lab, missing
+from tests.lab.damage import FAULTS
+from tests.lab.machines import Lab
+from tests.lab.namespaces import missing
+from tests.lab.training import GATE, STEPS_PER_EPOCH, Outcome, make_images, unbroken
 
 BITS = {True: "yes", False: "no", None: "the number of ranks changed"}
 

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hosts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machines import Lab, Machine, Program, missing
 from report import into_readme, save, table
 
-TESTS = Path(__file__).parents[1] / "tests"
+from tests.lab.machines import Lab, Machine
+from tests.lab.namespaces import missing
+from tests.lab.program import Program
+
 PLAIN = Path(__file__).with_name("plain_ddp.py")
 LAUNCHERS = ("torchrun", "ddp-launch")
 MASTER = "10.77.0.10:29500"
@@ -61,8 +63,8 @@ def start(launcher: str, machine: Machine, endpoint: str) -> Program:
     data = machine.folder.parents[1]
     training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 2".split()
     # A model as small as that of plain_ddp.py, because the set-ups are compared and not the training.
-    training += ["--model", "models:Plain", "--run-dir", str(machine.folder / "run")]
-    return machine.start(["ddp-launch", "train", *line, *training], cwd=TESTS)
+    training += ["--model", "tests.lab.models:Plain", "--run-dir", str(machine.folder / "run")]
+    return machine.start(["ddp-launch", "train", *line, *training])
 
 
 def make_images(folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from report import save, table
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "hosts"))
+sys.path.insert(0, str(HERE.parent))
 TIMEOUT_S = 600
 RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "20mbit": "20 Mbit/s"}
 
@@ -36,7 +36,7 @@ def local(ranks: int, steps: int) -> dict[str, Any]:
 
 
 def on_machines(count: int, rate: str, hook: str, steps: int) -> dict[str, Any]:
-    from machines import Lab
+    from tests.lab.machines import Lab
 
     with tempfile.TemporaryDirectory() as folder, Lab(count, Path(folder)) as lab:
         for machine in lab.machines:
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="8 ranks, 4 machines, 1 Gbit/s too")
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    from machines import missing
+    from tests.lab.namespaces import missing
 
     cells: list[tuple[str, int, str, dict[str, Any]]] = []
     for ranks in (1, 2, 4, 8) if options.full else (1, 2, 4):
