@@ -20,7 +20,7 @@ from typing import Any
 
 import cloudpickle
 
-from ddp_lib.processes.forkserver import set_threads
+from ddp_lib.processes.forkserver import set_threads, unblock_sigint
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def run_rank(
     ("failed", Failure), and ("stack", frames) for each message that it gets while it runs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process handles the interrupt
+    unblock_sigint()  # for programs that the function starts
     _redirect_output(output)
     os.environ.clear()
     os.environ.update(env)

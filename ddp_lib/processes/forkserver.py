@@ -33,9 +33,11 @@ def start_server(preload: list[str]) -> None:
     here = context()
     if here.get_start_method() != "forkserver":
         return
+    from multiprocessing import resource_tracker
     from multiprocessing.forkserver import ensure_running
 
     here.set_forkserver_preload(preload)
+    resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
     with _one_thread(), _ignore_sigint():
         ensure_running()
 
@@ -55,16 +57,19 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _ignore_sigint() -> Iterator[None]:
-    """A process started inside ignores Ctrl-C, which a terminal and Jupyter send to all processes: the
-    server would print a traceback while it loads torch."""
+    """A process started inside ignores Ctrl-C, which a terminal and Jupyter send to every process: the
+    server would print a traceback if it came while torch loads. For this process it comes at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A blocked signal waits, even if it is ignored meanwhile.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
@@ -81,6 +86,7 @@ def no_main_module() -> Iterator[None]:
 def become_rank() -> None:
     """Sets up this fork's signals, output and threads as torchrun would."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    unblock_sigint()
     _stop_with_agent()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
@@ -113,3 +119,9 @@ def set_threads() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal():
         torch.set_num_threads(int(threads))
+
+
+def unblock_sigint() -> None:
+    """In the fork: the server has it blocked, see `_ignore_sigint`."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
