@@ -38,7 +38,7 @@ def start_server(preload: list[str]) -> None:
 
     here.set_forkserver_preload(preload)
     resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
-    with _one_thread(), _ignore_sigint():
+    with _one_thread(), _block_sigint():
         ensure_running()
 
 
@@ -56,19 +56,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _ignore_sigint() -> Iterator[None]:
-    """A process started inside ignores Ctrl-C, which a terminal and Jupyter send to every process: the
-    server would print a traceback if it came while torch loads. For this process it comes at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # A blocked signal waits, even if it is ignored meanwhile.
+def _block_sigint() -> Iterator[None]:
+    """A process started inside does not hear Ctrl-C, which a terminal and Jupyter send to every process:
+    the server would print a traceback if it came while torch loads. This process still gets it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -122,6 +116,6 @@ def set_threads() -> None:
 
 
 def unblock_sigint() -> None:
-    """In the fork: the server has it blocked, see `_ignore_sigint`."""
+    """In the fork: the server has it blocked, see `_block_sigint`."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
