@@ -69,9 +69,7 @@ def save_row(new: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only faults whose name matches"
-    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="only faults whose name matches")
     only = parser.parse_args().only
     if lacks := missing():
         raise SystemExit(f"benchmarks/faults.py: {lacks}")

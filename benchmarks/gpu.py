@@ -27,9 +27,7 @@ GLOBAL_BATCH, LR, LEVEL = 1024, 0.8, 0.94
 TIMEOUT_S = 3600
 
 
-def train(
-    options: argparse.Namespace, gpus: int, compiled: bool
-) -> tuple[float, float, float | None]:
+def train(options: argparse.Namespace, gpus: int, compiled: bool) -> tuple[float, float, float | None]:
     """Images/s, the final accuracy, and seconds of training until LEVEL (None: not reached)."""
     from ddp_lib import read_run
     from ddp_lib.run_dir.log import read_events
@@ -59,9 +57,7 @@ def limit(gpus: int, steps: int = 100) -> float:
     for gpu in range(gpus):
         device = torch.device("cuda", gpu)
         model = ResNet9().to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
         x = torch.randn(GLOBAL_BATCH // gpus, 3, 32, 32, device=device)
         y = torch.randint(0, 10, (len(x),), device=device)
         replicas.append((model, optimizer, x.to(memory_format=torch.channels_last), y))

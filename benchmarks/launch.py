@@ -112,9 +112,7 @@ def launches(way: str, count: int) -> list[float]:
 def process(*arguments: str) -> tuple[float, str]:
     """Seconds that a Python process took, and the last line that it printed."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
     return time.perf_counter() - began, (done.stdout.splitlines() or [""])[-1]
@@ -134,9 +132,7 @@ def main() -> None:
         print(json.dumps(launches(options.way, 1 + options.later)))
         return
 
-    ways = [
-        way for way in WAYS if "accelerate" not in way or importlib.util.find_spec("accelerate")
-    ]
+    ways = [way for way in WAYS if "accelerate" not in way or importlib.util.find_spec("accelerate")]
     process("-c", "import torch")  # not counted: brings torch's files into the system's cache
     torch_name, torchrun = '`python -c "import torch"`', "torchrun, a process for each launch"
     runs: dict[str, list[float]] = {torch_name: [], torchrun: []}

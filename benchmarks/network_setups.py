@@ -72,9 +72,7 @@ def make_images(folder: Path) -> None:
     from PIL import Image
 
     for number in range(144):
-        file = (
-            folder / ("train" if number < 128 else "test") / f"class{number % 2}" / f"{number}.png"
-        )
+        file = folder / ("train" if number < 128 else "test") / f"class{number % 2}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (number, 255 * (number % 2), 0)).save(file)
 
@@ -93,9 +91,7 @@ def outcome(programs: list[Program], timeout_s: float) -> tuple[str, float]:
         return "hangs" if len(hung) == 2 else "one machine fails, the other hangs", seconds
     if statuses == [0, 0]:
         return "works", seconds
-    lines = [
-        line for p in programs for line in p.output.splitlines() if "ddp-launch: error:" in line
-    ]
+    lines = [line for p in programs for line in p.output.splitlines() if "ddp-launch: error:" in line]
     if len(lines) == 2:
         return f"names the cause: “{lines[-1].partition('error: ')[2]}”", seconds
     return "fails, the cause not named", seconds
@@ -113,9 +109,7 @@ def main() -> None:
         from ddp_lib.data.dataset import load_dataset
 
         make_images(Path(folder) / "images")
-        load_dataset(
-            str(Path(folder) / "images"), Path(folder) / "data"
-        )  # before anything is timed
+        load_dataset(str(Path(folder) / "images"), Path(folder) / "data")  # before anything is timed
         for number, (name, settings, change, endpoint) in enumerate(SETUPS):
             if options.only not in name:
                 continue

@@ -26,9 +26,7 @@ RESULTS = HERE / "results"
 IN_TABLES = ("network_setups", "faults")  # their whole tables are in the README
 
 
-def save(
-    name: str, title: str, what: str, rows: list[dict[str, Any]], findings: list[str]
-) -> dict[str, Any]:
+def save(name: str, title: str, what: str, rows: list[dict[str, Any]], findings: list[str]) -> dict[str, Any]:
     """Writes results/<name>.json, with this machine, the versions and the date; returns its content."""
     result = {
         "title": title,

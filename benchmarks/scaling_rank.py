@@ -61,9 +61,7 @@ def time_steps(net: torch.nn.Module, optimizer: Any, count: int) -> list[tuple[f
     return seconds[WARMUP:]
 
 
-def measure(
-    hook: str, count: int, sizes: Sequence[int] = SIZES, repeats: int = 5
-) -> dict[str, Any]:
+def measure(hook: str, count: int, sizes: Sequence[int] = SIZES, repeats: int = 5) -> dict[str, Any]:
     """This rank's measurements; the times of all-reduces, and of compute, are those of the slowest rank."""
     torch.set_num_threads(1)
     with World.join(log=lambda line: None) as world:

@@ -192,11 +192,7 @@ def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
 def where_time_goes(steps: int, data_dir: str) -> str:
     from ddp_lib import run_ranks
 
-    parts = [
-        p
-        for rank in run_ranks(step_parts, RANKS, steps, data_dir, timeout_s=TIMEOUT_S)
-        for p in rank
-    ]
+    parts = [p for rank in run_ranks(step_parts, RANKS, steps, data_dir, timeout_s=TIMEOUT_S) for p in rank]
 
     def ms(name: str) -> float:
         return 1000 * statistics.median(part[name] for part in parts if name in part)
@@ -221,9 +217,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data_dir:
         workers, workers_tried = best_workers(data_dir)
         combinations = [
-            (precision, layout)
-            for precision in ("fp32", "bf16")
-            for layout in ("NCHW", "channels_last")
+            (precision, layout) for precision in ("fp32", "bf16") for layout in ("NCHW", "channels_last")
         ]
         speeds = {each: limit(*each, FIRST + 6) for each in combinations}
         best = max(speeds, key=lambda each: speeds[each])
@@ -236,9 +230,7 @@ def main() -> None:
                 runs[name].append(contender(script, options.steps, workers, data_dir))
             runs["limit"].append(limit(*best, options.steps))
             runs[KEEP_MEMORY].append(limit(*best, options.steps, keep_memory=True))
-            runs[SYNCHRONIZED].append(
-                limit(*best, options.steps, keep_memory=True, synchronize=True)
-            )
+            runs[SYNCHRONIZED].append(limit(*best, options.steps, keep_memory=True, synchronize=True))
         parts = where_time_goes(options.steps, data_dir)
     median = {name: statistics.median(values) for name, values in runs.items()}
     speed = median["ddp-launch train"]
@@ -249,9 +241,7 @@ def main() -> None:
         f"freed memory is kept, and {speed / median[SYNCHRONIZED]:.2f} of the limit if there is also an "
         "all-reduce after each step."
     ]
-    findings += [
-        f"{name} is not installed, and left out." for name in CONTENDERS if name not in contenders
-    ]
+    findings += [f"{name} is not installed, and left out." for name in CONTENDERS if name not in contenders]
     findings += [
         f"The limit is highest with {best[0]} in {best[1]}; the conventional loop is fastest with "
         f"{workers} workers (tried: {', '.join(map(str, workers_tried))}).",

@@ -89,11 +89,7 @@ def build_model(spec: str, num_classes: int) -> nn.Module:
             "give it a parameter of that name"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UserError(
-            f"--model {spec!r} returns a {type(model).__name__}: return a torch.nn.Module"
-        )
+        raise UserError(f"--model {spec!r} returns a {type(model).__name__}: return a torch.nn.Module")
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(
-            f"--model {spec!r} has no parameter to train: set requires_grad on at least one"
-        )
+        raise UserError(f"--model {spec!r} has no parameter to train: set requires_grad on at least one")
     return model

@@ -125,9 +125,7 @@ def fit(
                         with gradient_sync(net, on=last):
                             with autocast(precision, world.device):
                                 logits = net(xs).to(dtype)
-                            part = F.cross_entropy(
-                                logits, ys, label_smoothing=config.label_smoothing
-                            )
+                            part = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing)
                             loss += part.detach() / config.accumulate
                             if last:  # one small all-reduce that hides behind backward
                                 due = time.monotonic() - saved_s > config.checkpoint_every_s
@@ -169,9 +167,7 @@ def fit(
             return summary
 
 
-def load_same_data(
-    config: TrainConfig, precision: str, world: World, data: Dataset | None
-) -> Dataset:
+def load_same_data(config: TrainConfig, precision: str, world: World, data: Dataset | None) -> Dataset:
     """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
     equal = {
         "--" + name.replace("_", "-"): value

@@ -62,9 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def rank_of(nodeid: str) -> int:
     name = nodeid.removeprefix("tests/")
-    return next(
-        (n for n, start in enumerate(LONGEST_FIRST) if name.startswith(start)), len(LONGEST_FIRST)
-    )
+    return next((n for n, start in enumerate(LONGEST_FIRST) if name.startswith(start)), len(LONGEST_FIRST))
 
 
 # A test that starts a process says so by a marker: `make quick` leaves it out.

@@ -51,14 +51,10 @@ def imported_modules(text: str) -> set[str]:
                 for name in public
             }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddp_lib."):
-            modules |= {f"{node.module}.{a.name}" for a in node.names} & set(
-                map(module_of, MODULES)
-            )
+            modules |= {f"{node.module}.{a.name}" for a in node.names} & set(map(module_of, MODULES))
             modules.add(node.module)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            modules |= set(
-                re.findall(r"^ddp_lib\.[\w.]+$", node.value)
-            )  # as the fork server's preload
+            modules |= set(re.findall(r"^ddp_lib\.[\w.]+$", node.value))  # as the fork server's preload
     return modules
 
 
@@ -107,8 +103,7 @@ def test_no_modules_import_each_other():
     names = {module_of(path): path for path in MODULES}
     needs = {
         name: (
-            imported_modules(re.sub(r"\nif TYPE_CHECKING:\n( .*\n)+", "\n", path.read_text()))
-            & names.keys()
+            imported_modules(re.sub(r"\nif TYPE_CHECKING:\n( .*\n)+", "\n", path.read_text())) & names.keys()
         )
         - {name}
         for name, path in names.items()

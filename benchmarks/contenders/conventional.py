@@ -62,9 +62,7 @@ def train_epochs(job, model, optimizer, loader, sampler) -> None:
 
 @torch.no_grad()
 def accuracy(job, model) -> float:
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(job.data.mean, job.data.std)]
-    )
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(job.data.mean, job.data.std)])
     from common import PictureDataset
 
     model.eval()

@@ -9,9 +9,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     job = Job()
     model = job.model()
-    model, optimizer, loader = accelerator.prepare(
-        model, job.optimizer(model), job.loader(shuffle=True)
-    )
+    model, optimizer, loader = accelerator.prepare(model, job.optimizer(model), job.loader(shuffle=True))
     for images, labels in loader:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)

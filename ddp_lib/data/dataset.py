@@ -91,9 +91,7 @@ def load_dataset(
                     assert meta is not None
         # Mode "c" is copy on write: all processes share the pages, and torch does not warn about a
         # read-only array.
-        arrays = {
-            name: torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS
-        }
+        arrays = {name: torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS}
     except OSError as error:
         raise UserError(
             f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the "

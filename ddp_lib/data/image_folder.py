@@ -72,9 +72,7 @@ def find_images(root: Path) -> ImageFolder:
     for split in ("train", "test"):
         folder = root / split
         if not folder.is_dir():
-            raise UserError(
-                f"{root} has no folder {split}/: it needs train/<class>/* and test/<class>/*"
-            )
+            raise UserError(f"{root} has no folder {split}/: it needs train/<class>/* and test/<class>/*")
         try:
             names[split] = sorted(
                 e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")
@@ -93,14 +91,11 @@ def find_images(root: Path) -> ImageFolder:
                     listing.update(line.encode(errors="surrogateescape"))
                     files[split].append((Path(entry.path), label))
         except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename} ({error.strerror}): repair or remove it"
-            ) from None
+            raise UserError(f"cannot read {error.filename} ({error.strerror}): repair or remove it") from None
     in_one_split = sorted(set(names["train"]) ^ set(names["test"]))
     if in_one_split:
         differences = [
-            f"{name!r} only in {'train' if name in names['train'] else 'test'}"
-            for name in in_one_split
+            f"{name!r} only in {'train' if name in names['train'] else 'test'}" for name in in_one_split
         ]
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(
@@ -109,12 +104,8 @@ def find_images(root: Path) -> ImageFolder:
             "give both the same folders"
         )
     if len(names["train"]) < 2:
-        raise UserError(
-            f"{root}/train holds {len(names['train'])} class folders: a classifier needs two"
-        )
-    return ImageFolder(
-        root, tuple(names["train"]), files["train"], files["test"], listing.hexdigest()
-    )
+        raise UserError(f"{root}/train holds {len(names['train'])} class folders: a classifier needs two")
+    return ImageFolder(root, tuple(names["train"]), files["train"], files["test"], listing.hexdigest())
 
 
 def _list_images(folder: Path) -> list[os.DirEntry[str]]:
@@ -140,9 +131,7 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                upright = Image.fromarray(
-                    (np.asarray(upright) // 256).clip(0, 255).astype(np.uint8)
-                )
+                upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
             rgb = upright.convert("RGB")
             if resized:
                 rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -12,12 +12,8 @@ def batch_share(global_batch_size: int, world_size: int, micro_batches: int = 1)
     parts = world_size * micro_batches
     if global_batch_size < 1 or global_batch_size % parts:
         nearest = max(1, round(global_batch_size / parts)) * parts
-        ranks = f"{world_size} ranks" + (
-            f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
-        )
-        raise UserError(
-            f"global batch size {global_batch_size} is not divisible by {ranks}: take {nearest}"
-        )
+        ranks = f"{world_size} ranks" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+        raise UserError(f"global batch size {global_batch_size} is not divisible by {ranks}: take {nearest}")
     return global_batch_size // world_size
 
 
@@ -68,9 +64,7 @@ class TrainSampler:
             yield permutation[first + self.rank : first + self.global_batch_size : self.world_size]
 
 
-def eval_batches(
-    n: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[torch.Tensor]:
+def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[torch.Tensor]:
     """One rank's batches of indices; all ranks together cover 0..n-1 exactly once, without padding.
 
     The data is cut into chunks of `batch_size` (the last may be shorter), and chunk j goes to rank

@@ -23,9 +23,7 @@ SIDE = 32
 _SHAPE_RADIUS = (70, 120)  # minimum and maximum, in tenths of a pixel; so are the next two
 _TEXTURE_RADIUS = (90, 150)
 _PERIOD = (40, 70)  # of a texture
-_CONTRAST = (
-    120  # minimum difference between the shape's and the background's colour, over R, G and B
-)
+_CONTRAST = 120  # minimum difference between the shape's and the background's colour, over R, G and B
 _CELLS = 4  # the background is a grid of this many cells per side, blended smoothly
 _WAVE = 60  # about how much the background may differ from its mean colour
 _CLUTTER = 3  # small rectangles behind the shape
@@ -53,9 +51,7 @@ def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _make_chunk(
-    labels: np.ndarray, layout: np.random.Philox, noise: np.random.Philox
-) -> np.ndarray:
+def _make_chunk(labels: np.ndarray, layout: np.random.Philox, noise: np.random.Philox) -> np.ndarray:
     count = len(labels)
     columns = iter(layout.random_raw(count * _DRAWS).reshape(count, _DRAWS).T)
 
@@ -159,10 +155,7 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray, p: np.ndarray, q: np.ndarra
         case "ring":
             return (squared > 0.35) & (squared < 1)
         case "star":  # points on the inner side of at least four of the five lines
-            return (
-                np.sum([u * np.float32(x) + v * np.float32(y) < 0.33 for x, y in _STAR], axis=0)
-                >= 4
-            )
+            return np.sum([u * np.float32(x) + v * np.float32(y) < 0.33 for x, y in _STAR], axis=0) >= 4
         case "horizontal stripes":
             return (squared < 1) & (q < 0.5)
         case "vertical stripes":

@@ -42,9 +42,7 @@ class Endpoint:
     @property
     def port_name(self) -> str:
         return (
-            f"MASTER_PORT={self.port}"
-            if self.flag == "MASTER_ADDR"
-            else (f"{self.flag}'s port {self.port}")
+            f"MASTER_PORT={self.port}" if self.flag == "MASTER_ADDR" else (f"{self.flag}'s port {self.port}")
         )
 
 
@@ -59,9 +57,7 @@ def port_number(name: str, text: str) -> int:
     except ValueError:
         port = 0
     if not 1 <= port <= 65535:
-        raise UserError(
-            f"{name}={text!r} is not a TCP port: give a number from 1 to 65535, such as 29500"
-        )
+        raise UserError(f"{name}={text!r} is not a TCP port: give a number from 1 to 65535, such as 29500")
     return port
 
 

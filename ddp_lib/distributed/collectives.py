@@ -34,7 +34,4 @@ def gather_bytes(world: World, payload: bytes) -> list[bytes]:
     pieces = [torch.empty_like(padded) for _ in sizes] if world.is_main else None
     if len(padded):
         dist.gather(padded, pieces)
-    return [
-        piece[:size].cpu().numpy().tobytes()
-        for piece, size in zip(pieces or [], sizes, strict=False)
-    ]
+    return [piece[:size].cpu().numpy().tobytes() for piece, size in zip(pieces or [], sizes, strict=False)]

@@ -80,9 +80,7 @@ class StoreGroup:
                 raise
             return self._answer(answer)
         self._post({"value": value})
-        return self._wait_for_answer(
-            what, timeout_s, deadline if complete else deadline + _ANSWER_S
-        )
+        return self._wait_for_answer(what, timeout_s, deadline if complete else deadline + _ANSWER_S)
 
     def broadcast(self, what: str, value: Any, timeout_s: float) -> Any:
         """Rank 0's value, on every rank; the others' is ignored. UserError as in `exchange`."""
@@ -240,14 +238,10 @@ def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout
     A UserError of rank 0 is raised on every rank.
     """
     value = _make(world, make) if world.rank == 0 else None
-    return (
-        value if world.store_group is None else world.store_group.broadcast(what, value, timeout_s)
-    )
+    return value if world.store_group is None else world.store_group.broadcast(what, value, timeout_s)
 
 
-def all_gather_results(
-    world: "World", what: str, make: Callable[[], Any], timeout_s: float
-) -> list[Any]:
+def all_gather_results(world: "World", what: str, make: Callable[[], Any], timeout_s: float) -> list[Any]:
     """Calls `make()` on each rank; returns all results (anything JSON holds) in rank order, on every rank.
 
     A UserError of any rank is raised on every rank, with the rank and machine it came from.

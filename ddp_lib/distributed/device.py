@@ -11,9 +11,7 @@ from ddp_lib.errors import UserError
 
 def thread_budget(local_world_size: int) -> int:
     """Threads per rank: this machine's usable cores divided among its ranks."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size)
 
 
@@ -23,9 +21,7 @@ def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, s
     if asked == "gloo":
         return "gloo", "asked for"
     if asked == "nccl" and gpus < local_world_size:
-        raise UserError(
-            f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo"
-        )
+        raise UserError(f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo")
     if asked == "nccl":
         return "nccl", "asked for"
     if asked != "auto":

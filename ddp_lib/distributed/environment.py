@@ -66,25 +66,17 @@ def _number(env: Mapping[str, str], name: str, cure: str, default: int | None = 
 
 def _check_range(name: str, value: int, limit_name: str, limit: int) -> None:
     if not 0 <= value < limit:
-        raise UserError(
-            f"{name}={value} is out of range for {limit_name}={limit}: give 0 to {limit - 1}"
-        )
+        raise UserError(f"{name}={value} is out of range for {limit_name}={limit}: give 0 to {limit - 1}")
 
 
 def _from_rank(env: Mapping[str, str]) -> RankEnv:
     world_size = _number(env, "WORLD_SIZE", "set it to the number of ranks in all, 1 or more")
     if world_size < 1:
-        raise UserError(
-            f"WORLD_SIZE={world_size} is too small: set the number of ranks in all, 1 or more"
-        )
-    rank = _number(
-        env, "RANK", f"set it to this process's number, 0 to {world_size - 1}; 0 on the master"
-    )
+        raise UserError(f"WORLD_SIZE={world_size} is too small: set the number of ranks in all, 1 or more")
+    rank = _number(env, "RANK", f"set it to this process's number, 0 to {world_size - 1}; 0 on the master")
     _check_range("RANK", rank, "WORLD_SIZE", world_size)
     # Without LOCAL_RANK there is one process per machine, as with `docker run -e RANK=...`.
-    local_world_size = _number(
-        env, "LOCAL_WORLD_SIZE", "set the number of ranks on this machine", 1
-    )
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE", "set the number of ranks on this machine", 1)
     if not 1 <= local_world_size <= world_size:
         raise UserError(
             f"LOCAL_WORLD_SIZE={local_world_size} is out of range for WORLD_SIZE={world_size}: "
@@ -97,13 +89,9 @@ def _from_rank(env: Mapping[str, str]) -> RankEnv:
     if world_size > 1 and not master_addr:
         raise UserError("MASTER_ADDR is not set: set it to the address or name of rank 0's machine")
     if world_size > 1 and master_port is None:
-        raise UserError(
-            "MASTER_PORT is not set: set the same free port on every machine, such as 29500"
-        )
+        raise UserError("MASTER_PORT is not set: set the same free port on every machine, such as 29500")
     port = port_number("MASTER_PORT", master_port) if master_port is not None else 0
-    return RankEnv(
-        rank, world_size, local_rank, local_world_size, node, master_addr, port, "environment"
-    )
+    return RankEnv(rank, world_size, local_rank, local_world_size, node, master_addr, port, "environment")
 
 
 def _from_slurm(env: Mapping[str, str]) -> RankEnv:
@@ -115,16 +103,12 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     rank = _number(env, "SLURM_PROCID", cure)
     _check_range("SLURM_PROCID", rank, size_name, world_size)
     node = _number(env, "SLURM_NODEID", cure, 0)
-    tasks = (
-        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    )
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
     per_node = tasks_per_node(tasks)
     local_world_size = per_node[min(node, len(per_node) - 1)]
     local_rank = _number(env, "SLURM_LOCALID", cure)
     _check_range("SLURM_LOCALID", local_rank, "SLURM_STEP_TASKS_PER_NODE", local_world_size)
-    nodes = (
-        env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    )
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     addr = env.get("MASTER_ADDR", "").strip() or first_host(nodes or "")
     if world_size > 1 and not addr:
         raise UserError("SLURM_JOB_NODELIST is not set: set MASTER_ADDR to rank 0's machine")
@@ -143,9 +127,7 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
-            raise UserError(
-                f"SLURM_TASKS_PER_NODE={text!r} is not understood: start the ranks with srun"
-            )
+            raise UserError(f"SLURM_TASKS_PER_NODE={text!r} is not understood: start the ranks with srun")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 

@@ -75,8 +75,7 @@ def handshake(
                 answers = [(theirs["host"], theirs["versions"][name]) for theirs in ranks]
                 require_equal(name, answers, "install the same on every machine")
             return [
-                {name: theirs[name] for name in ("id", "host", "backend", "why", "probe")}
-                for theirs in ranks
+                {name: theirs[name] for name in ("id", "host", "backend", "why", "probe")} for theirs in ranks
             ]
 
         ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)

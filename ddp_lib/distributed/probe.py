@@ -56,9 +56,7 @@ class Probe:
                 peer, address = self._server.accept()
             except OSError:
                 return
-            threading.Thread(
-                target=_answer, args=(peer, address[0]), name="probe", daemon=True
-            ).start()
+            threading.Thread(target=_answer, args=(peer, address[0]), name="probe", daemon=True).start()
 
 
 def _answer(peer: socket.socket, source: str) -> None:

@@ -59,14 +59,11 @@ def wait_for_master(
         for address in endpoint_addresses(endpoint, one_machine):
             try:
                 left = began + join_timeout_s - time.monotonic()
-                socket.create_connection(
-                    (address, endpoint.port), timeout=max(0.1, min(5.0, left))
-                ).close()
+                socket.create_connection((address, endpoint.port), timeout=max(0.1, min(5.0, left))).close()
                 return address
             except ConnectionRefusedError:
                 trouble = (
-                    f"nobody listens on {endpoint}: "
-                    "start rank 0 there, and check that both name its machine"
+                    f"nobody listens on {endpoint}: start rank 0 there, and check that both name its machine"
                 )
             except OSError as error:
                 trouble = (
@@ -77,18 +74,12 @@ def wait_for_master(
         if time.monotonic() + _RETRY_S > began + timeout_s:
             names = endpoint_addresses(endpoint, one_machine)
             if names and is_loopback(names[-1]) and not is_loopback(endpoint.host):
-                trouble += (
-                    f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
-                )
-            raise UserError(
-                f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)"
-            )
+                trouble += f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
+            raise UserError(f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)")
         time.sleep(_RETRY_S)
 
 
-def listen(
-    endpoint: Endpoint, join_timeout_s: float, one_machine: bool
-) -> tuple[socket.socket, str]:
+def listen(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> tuple[socket.socket, str]:
     """A listening socket for the store, and the address at which this process reaches it.
 
     Listens only on the address that the others use, since the store has no password. It must listen on
@@ -155,9 +146,7 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
     return StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
 
 
-def _look_for_other_rank0(
-    endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float
-) -> None:
+def _look_for_other_rank0(endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float) -> None:
     """On rank 0, if MASTER_ADDR is not this machine: does another rank 0 answer there?
 
     If this process answers, its port is published, as a container's may be. If another rank 0 does, both

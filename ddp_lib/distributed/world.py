@@ -82,9 +82,7 @@ class World:
         started = time.monotonic()
         if "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
-        backend, reason = choose_backend(
-            backend, rank_env.local_world_size, torch.cuda.device_count()
-        )
+        backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())
         store = None
         if rank_env.world_size == 1:
             backend = "none"
@@ -93,9 +91,7 @@ class World:
             store = open_store(rank_env, env, join_timeout_s)
             deadline = started + join_timeout_s
             try:
-                backend, reason = handshake(
-                    store, rank_env, backend, reason, join_timeout_s, deadline
-                )
+                backend, reason = handshake(store, rank_env, backend, reason, join_timeout_s, deadline)
             except UserError as error:
                 store.publish_error(error)
                 raise
@@ -195,9 +191,7 @@ class World:
     ) -> None:
         # Published before leaving the group: leaving may hang while the others wait for this rank.
         if self.store_group is not None and isinstance(error, UserError):
-            faulthandler.dump_traceback_later(
-                2 * self.timeout_s, exit=True, file=2
-            )  # as in `leave`
+            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=2)  # as in `leave`
             self.store_group.publish_error(error)
         # An error's frames also keep the model alive.
         while error is not None:

@@ -53,9 +53,7 @@ class Agent(LocalElasticAgent):
     peers: Peers | None = None
     closed_s: float | None = None
 
-    def _shutdown(
-        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None
-    ) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
         """Ends the ranks; if a signal is the reason, the other machines learn it first."""
         stopped = sys.exc_info()[1]
         if isinstance(stopped, SignalException):

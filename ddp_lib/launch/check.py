@@ -111,9 +111,7 @@ def read_part(options: LaunchOptions) -> Part:
     if options.rdzv_endpoint or options.nnodes != "1" or pet_variables():
         launch = read_launch(options)
         if launch.endpoint is None:
-            raise UserError(
-                "check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT"
-            )
+            raise UserError("check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT")
         return Part(
             launch.endpoint,
             launch.nodes[1],
@@ -228,9 +226,7 @@ def _connect(reports: list[Report], number: int) -> list[dict[str, Any]]:
     return links
 
 
-def _send_to_next(
-    reports: list[Report], links: list[dict[str, Any]], number: int, deadline: float
-) -> float:
+def _send_to_next(reports: list[Report], links: list[dict[str, Any]], number: int, deadline: float) -> float:
     """Bytes per second to the next machine; 0 if it cannot be reached."""
     following = (number + 1) % len(reports)
     if following == number or links[following]["trouble"]:

@@ -103,9 +103,7 @@ def _equal(reports: list[Report]) -> list[str]:
         for report in reports[1:]:
             mine, first = report[what], reports[0][what]
             if mine and first and mine != first and "not ready" not in (mine, first):
-                lines.append(
-                    f"{what} is {mine} on {name(report)}, but {first} on {name(reports[0])}: {cure}"
-                )
+                lines.append(f"{what} is {mine} on {name(report)}, but {first} on {name(reports[0])}: {cure}")
     with_gpus = [report for report in reports if report["gpus"] >= report["ranks"]]
     if with_gpus and all(report["backend"] == "auto" for report in reports):
         for report in reports:
@@ -146,9 +144,7 @@ def _own(report: Report) -> list[str]:
 
 def table(reports: list[Report], measured: list[Measured | None]) -> str:
     """One line per machine."""
-    head = (
-        "machine address interface reaches latency to-next clock torch GPUs ranks free data".split()
-    )
+    head = "machine address interface reaches latency to-next clock torch GPUs ranks free data".split()
     lines = [head]
     for number, (report, own) in enumerate(zip(reports, measured, strict=True)):
         lines.append(

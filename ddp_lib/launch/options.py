@@ -79,9 +79,7 @@ class Launch:
 
 def pet_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The variables set that give the number of machines, or where they meet."""
-    return [
-        name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ
-    ]
+    return [name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ]
 
 
 def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Launch:
@@ -151,11 +149,7 @@ def _nodes(flag: str, text: str) -> tuple[int, int]:
 def _endpoint(flag: str, text: str) -> Endpoint:
     host, _, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not bare
-        or (":" in bare) != host.startswith("[")
-        or host.startswith("[") != host.endswith("]")
-    ):
+    if not bare or (":" in bare) != host.startswith("[") or host.startswith("[") != host.endswith("]"):
         raise UserError(
             f"{flag} {text!r}: write HOST:PORT, such as master:29500, "
             "and brackets around an IPv6 address, [fd77::10]:29500"

@@ -73,9 +73,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> Rendezvous:
         C10dRendezvousBackend(store, launch.job),
         *launch.nodes,
         local_addr=number,
-        timeout=RendezvousTimeout(
-            timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)
-        ),
+        timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)),
     )
     peers = None
     if several:

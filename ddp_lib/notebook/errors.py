@@ -30,9 +30,7 @@ class RankError(RuntimeError):
     seconds since the epoch.
     """
 
-    def __init__(
-        self, rank: int, text: str, consequence: bool = False, failed_at: float = 0.0
-    ) -> None:
+    def __init__(self, rank: int, text: str, consequence: bool = False, failed_at: float = 0.0) -> None:
         super().__init__(text)
         self.rank = rank
         self.text_without_rank = text.removeprefix(f"rank {rank}")
@@ -86,9 +84,7 @@ def death_error(rank: int, exit_code: int, last_line: str) -> RankError:
     return RankError(rank, text)
 
 
-def hang_error(
-    stacks: dict[int, list[Frame] | None], timeout_s: float, files: dict[str, str]
-) -> RankError:
+def hang_error(stacks: dict[int, list[Frame] | None], timeout_s: float, files: dict[str, str]) -> RankError:
     """The error for ranks that are still running; `stacks` by rank, None if a rank did not answer."""
     lines = [f"still running after {timeout_s:g} s"]
     for rank, frames in stacks.items():

@@ -95,8 +95,7 @@ class RankPool:
             port = self.store_connection.recv()
         except EOFError:
             raise UserError(
-                "the process that hosts the ranks' store has ended: start fewer ranks, if memory "
-                "is short"
+                "the process that hosts the ranks' store has ended: start fewer ranks, if memory is short"
             ) from None
         for connection in self.connections:
             with suppress(OSError):  # that rank has died: _receive notices
@@ -105,9 +104,7 @@ class RankPool:
     def _receive(self, timeout_s: float) -> None:
         """Receives what ranks have sent; waits up to `timeout_s` for the first message."""
         pending = {
-            self.connections[rank]: rank
-            for rank in range(len(self.processes))
-            if rank not in self.answers
+            self.connections[rank]: rank for rank in range(len(self.processes)) if rank not in self.answers
         }
         sentinels = [self.processes[rank].sentinel for rank in pending.values()]
         ready = wait([*pending, *sentinels], timeout=timeout_s)

@@ -104,9 +104,7 @@ def _free_port() -> int:
                 return port
             except OSError:
                 continue
-    raise UserError(
-        "no free port found on 127.0.0.1 between 20000 and 30000: end the programs that use them"
-    )
+    raise UserError("no free port found on 127.0.0.1 between 20000 and 30000: end the programs that use them")
 
 
 def _end(started: list[subprocess.Popen[bytes]]) -> None:

@@ -19,9 +19,7 @@ from ddp_lib.processes.forkserver import start_server
 PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 
 
-def run_ranks(
-    fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Runs `fn(*args)` on `nproc` ranks of this machine; returns their results in rank order.
 
     The ranks have the environment that torchrun would give them, so `init_process_group("gloo")`
@@ -55,9 +53,7 @@ def run_ranks(
 def _in_a_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     return (
-        ipython is not None
-        and ipython.get_ipython() is not None
-        and multiprocessing.parent_process() is None
+        ipython is not None and ipython.get_ipython() is not None and multiprocessing.parent_process() is None
     )
 
 

@@ -70,9 +70,7 @@ def host_store(connection: Connection) -> None:
     del store
 
 
-def run_rank(
-    connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str
-) -> None:
+def run_rank(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
     """The main function of a rank's process; `work` is the pickled function with its arguments.
 
     Over `connection` it first receives the port of the store. It sends ("done", pickled result) or

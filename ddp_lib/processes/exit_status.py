@@ -96,9 +96,7 @@ class Outcome:
             case _ if is_peer_gone(error):
                 self.status = 1
                 cause = peers.published_error() if peers is not None else ""
-                self._say(
-                    cause or f"another rank is gone: see its own output ({text})", consequence=True
-                )
+                self._say(cause or f"another rank is gone: see its own output ({text})", consequence=True)
             case _ if is_timeout(error):
                 self.status = 1
                 self._say(

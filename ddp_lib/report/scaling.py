@@ -96,9 +96,7 @@ def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
     UserError for fewer than two sizes, for one rank, or if the times do not grow with the size.
     """
     if ranks < 2 or len(runs) < 2:
-        raise UserError(
-            f"{len(runs)} size(s) on {ranks} rank(s) fix no line: measure 2 or more on 2 or more"
-        )
+        raise UserError(f"{len(runs)} size(s) on {ranks} rank(s) fix no line: measure 2 or more on 2 or more")
     sizes = torch.tensor(list(runs), dtype=torch.float64)
     medians = [statistics.median(times) for times in runs.values()]
     times = torch.tensor(medians, dtype=torch.float64)
@@ -111,15 +109,12 @@ def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
         alpha, beta = 0.0, torch.linalg.lstsq(relative[:, 1:], ones).solution.item()
     if beta <= 0:
         raise UserError(
-            f"all-reduces of {min(runs)} to {max(runs)} bytes take the same time: "
-            "measure larger tensors"
+            f"all-reduces of {min(runs)} to {max(runs)} bytes take the same time: measure larger tensors"
         )
     return Link(alpha, 1 / beta)
 
 
-def measure_all_reduce(
-    world: World, sizes: Sequence[int], repeats: int = 7
-) -> dict[int, list[float]]:
+def measure_all_reduce(world: World, sizes: Sequence[int], repeats: int = 7) -> dict[int, list[float]]:
     """Times float32 all-reduces: bytes -> seconds per repeat, those of the slowest rank.
 
     All ranks call this together and get the same result. The sizes take turns, so that a moment in

@@ -13,9 +13,7 @@ from ddp_lib.run_dir.checkpoint import write_atomic
 from ddp_lib.run_dir.log import LogSize, log_path
 
 
-def copy_newest_logs(
-    folder: Path, world: World, writers: list[int], sizes: list[list[LogSize]]
-) -> None:
+def copy_newest_logs(folder: Path, world: World, writers: list[int], sizes: list[list[LogSize]]) -> None:
     """Copies each log to the master and to the machine that continues it, before logs are opened.
 
     writers: each rank's writer. sizes: `log_sizes` of each writer's folder, [] for other ranks. All ranks

@@ -75,9 +75,7 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
     with ExitStack() as stack:
         writers = lock_run_dir(folder, world, stack, timeout_s)
         is_writer = writers[world.rank] == world.rank
-        copies = [
-            Copy(**copy) for copy in all_gather_results(world, "inspect", inspect_here, timeout_s)
-        ]
+        copies = [Copy(**copy) for copy in all_gather_results(world, "inspect", inspect_here, timeout_s)]
         began = max(copy.began for copy in copies)
         if copies[world.rank].is_older_than(began):
             move_aside(folder, world, "of an earlier run than another machine's")
@@ -91,9 +89,7 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
         if source is not None:
             finished = copies[0].summary if copies[source].step >= total_steps else None
             if copies[world.rank].damage:
-                world.say(
-                    f"warning: no whole checkpoint in {folder}: taking another machine's", True
-                )
+                world.say(f"warning: no whole checkpoint in {folder}: taking another machine's", True)
             payload = broadcast_bytes(world, payload, source)
             resumed = checkpoint.from_bytes(payload)
         if finished is None:

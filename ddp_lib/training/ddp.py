@@ -68,10 +68,7 @@ def share_buffers(model: nn.Module, world: World) -> None:
 
 def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's state on the CPU, in plain memory order."""
-    return {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in model.state_dict().items()
-    }
+    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
 def weights_sha256(model: nn.Module, world: World) -> list[str]:

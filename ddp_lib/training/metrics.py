@@ -108,9 +108,7 @@ class EpochMetrics:
         loss_sum, samples = self.world.sum(sums.to(self.world.device)).tolist()
         return loss_sum / samples, samples / seconds
 
-    def report(
-        self, step: int, train_loss: float, images_per_s: float, evaluation: Evaluation
-    ) -> None:
+    def report(self, step: int, train_loss: float, images_per_s: float, evaluation: Evaluation) -> None:
         """Rank 0 logs and shows the results of the epoch, which ended before step number `step`."""
         if self.world.rank == 0:
             self.log.write(

@@ -52,9 +52,7 @@ class Progress:
         if self.bar is not None:
             self.bar.n = batch
             self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix_str(
-                f"loss {loss:.4f}, {images_per_s:,.0f} images/s", refresh=False
-            )
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:,.0f} images/s", refresh=False)
             self.bar.update(0)
             return
         now = time.monotonic()

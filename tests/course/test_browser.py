@@ -33,9 +33,7 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
-PROMPTS = (
-    "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
-)
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
 OUTPUTS = ".jp-CodeCell .jp-OutputArea-output"
 ERRORS = f"{OUTPUTS}[data-mime-type='application/vnd.jupyter.error']"
 
@@ -85,9 +83,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     }
     options = f"--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token=t --allow-root"
     shown = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True)
-    command = re.search(
-        r"^\.venv/bin/(jupyter lab notebooks/00_start_here\.ipynb)$", shown.stdout, re.M
-    )
+    command = re.search(r"^\.venv/bin/(jupyter lab notebooks/00_start_here\.ipynb)$", shown.stdout, re.M)
     assert command, shown.stdout
     words = f"{ROOT / '.venv' / 'bin'}/{command[1]} {options}".split()
     log = tmp_path / "server.log"

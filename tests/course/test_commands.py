@@ -126,9 +126,7 @@ def test_flags_named_alone_exist(path):
     ours = ("ddp-launch train", "ddp-launch check", "ddp-launch plot", "torchrun")
     known = set().union(*(flags_of(command) or () for command in ours), *FOREIGN_FLAGS.values())
     named = {
-        flag
-        for code in code_in(page_text(path))
-        for flag in re.findall(r"^(--[a-z][\w-]*)", code.strip())
+        flag for code in code_in(page_text(path)) for flag in re.findall(r"^(--[a-z][\w-]*)", code.strip())
     }
     assert named <= known
 

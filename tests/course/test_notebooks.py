@@ -38,9 +38,7 @@ def faults(notebook: dict) -> list[str]:
     for number, cell in enumerate(code, 1):
         ends_in_error = any(output["output_type"] == "error" for output in cell["outputs"])
         if ends_in_error != ("raises-exception" in tags(cell)):
-            problems.append(
-                f"cell {number}: an error without the tag raises-exception, or the tag alone"
-            )
+            problems.append(f"cell {number}: an error without the tag raises-exception, or the tag alone")
         if re.search(r"^\s*!", source(cell), re.M):
             problems.append(f"cell {number}: a command after ! may fail unseen")
         text = re.sub(r"^(from \S+ import) \([^)]*\)", r"\1", source(cell), flags=re.M)

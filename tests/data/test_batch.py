@@ -27,9 +27,7 @@ def test_batch_is_normalised_and_channels_last(some: Dataset) -> None:
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, some.train.labels[indices])
     expected = some.train.images[indices].permute(0, 3, 1, 2).double() / 255
-    expected = (expected - torch.tensor(some.mean).view(3, 1, 1)) / torch.tensor(some.std).view(
-        3, 1, 1
-    )
+    expected = (expected - torch.tensor(some.mean).view(3, 1, 1)) / torch.tensor(some.std).view(3, 1, 1)
     torch.testing.assert_close(x.double(), expected, rtol=0, atol=1e-5)
     double, _ = make_batch(some.train, indices, some, dtype=torch.float64)
     assert double.dtype == torch.float64
@@ -91,9 +89,7 @@ def test_augmentation_is_uniform_and_independent(limit: int) -> None:
         assert draw.min() >= 0 and draw.max() < limit
         assert chi_squared(np.bincount(draw, minlength=limit)) < 5
     first = draws[0, 0]
-    pairs = [(first[:-1], first[1:])] + [
-        (first, draw) for key, draw in draws.items() if key != (0, 0)
-    ]
+    pairs = [(first[:-1], first[1:])] + [(first, draw) for key, draw in draws.items() if key != (0, 0)]
     for a, b in pairs:  # one image and the next, one epoch or seed and another
         assert chi_squared(np.bincount(a * limit + b, minlength=limit**2)) < 5
     # One image over many epochs.

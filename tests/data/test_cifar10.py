@@ -73,9 +73,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(
-    archive: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Server]:
+def server(archive: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server(("127.0.0.1", 0), _Answer) as server:
         server.body = archive[0]
@@ -119,9 +117,7 @@ def test_cifar10_is_downloaded_once_and_then_read(
 
 
 @pytest.mark.ranks
-def test_one_process_of_several_downloads(
-    tmp_path: Path, server: Server, known: dict[str, Any]
-) -> None:
+def test_one_process_of_several_downloads(tmp_path: Path, server: Server, known: dict[str, Any]) -> None:
     load_dataset("cifar10", tmp_path / "alone", log=quiet)
     requests_alone, server.requests = server.requests, 0
     script = (
@@ -159,9 +155,7 @@ def check_names_the_cure(line: str, known: dict[str, Any], data_dir: Path) -> No
     assert "--data shapes" in line
 
 
-def test_cifar10_offline(
-    tmp_path: Path, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar10_offline(tmp_path: Path, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:

@@ -93,9 +93,7 @@ def test_signals_ends_and_output_of_a_program(make_lab):
     assert len(m0.processes()) == 3
     family.end()
     assert m0.processes() == []
-    stopped = m0.start(
-        ["sh", "-c", "trap 'echo heard; exit 3' TERM; echo up; while :; do sleep 0.01; done"]
-    )
+    stopped = m0.start(["sh", "-c", "trap 'echo heard; exit 3' TERM; echo up; while :; do sleep 0.01; done"])
     stopped.wait_for("^up$", TIMEOUT_S)
     stopped.signal(signal.SIGTERM)
     assert stopped.wait(TIMEOUT_S) == 3

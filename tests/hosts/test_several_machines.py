@@ -92,9 +92,7 @@ def test_usual_network_setups_train_and_listen_inside_only(make_lab, train, setu
         sockets = machine.run(["ss", "-Hltn"]).split("\n")
         heard_at = {line.split()[3].rpartition(":")[0].strip("[]") for line in sockets if line}
         assert heard_at <= {machine.address}, sockets
-    assert (
-        "rank 0 on" in first.output and "rank 0 on" not in second.output
-    )  # rank 0 is the master's
+    assert "rank 0 on" in first.output and "rank 0 on" not in second.output  # rank 0 is the master's
     first.signal(2)
     assert [program.wait(TIMEOUT_S) for program in (first, second)] == [130, 130]
 
@@ -155,8 +153,7 @@ def test_kubeflows_variables_and_static_ranks(make_lab, train):
         "PET_MASTER_ADDR": "m1", "PET_MASTER_PORT": "29600",
     }  # fmt: skip
     programs = [
-        train(machine, **common, PET_NODE_RANK=str(1 - number))
-        for number, machine in enumerate(machines)
+        train(machine, **common, PET_NODE_RANK=str(1 - number)) for number, machine in enumerate(machines)
     ]
     end_well(programs, machines)
     assert "[rank 0]" in programs[1].output and "[rank 1]" in programs[0].output
@@ -183,11 +180,7 @@ def test_a_difference_is_refused_by_machine_and_field(make_lab, train, tiny, tmp
 
         for number in range(210):
             file = (
-                tmp_path
-                / "images"
-                / ("test" if number < 2 else "train")
-                / "ab"[number % 2]
-                / f"{number}.png"
+                tmp_path / "images" / ("test" if number < 2 else "train") / "ab"[number % 2] / f"{number}.png"
             )
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (number, 0, 0)).save(file)

@@ -56,9 +56,7 @@ class Lab:
             for i in range(self._count):
                 self.machines.append(Machine(self, self._switch, i, self._names[i]))
             for machine in self.machines:
-                machine.write_hosts(
-                    {other.name: other.address for other in reversed(self.machines)}
-                )
+                machine.write_hosts({other.name: other.address for other in reversed(self.machines)})
         except BaseException:
             self.__exit__()
             raise
@@ -94,9 +92,7 @@ class Machine:
         cable = f"{self._port} type veth peer name eth0 netns {self.namespaces.pid}"
         switch.network("ip", "link", "add", *cable.split())
         switch.network("ip", "link", "set", self._port, "master", "br0", "up")
-        for address in filter(
-            None, (self.ipv4 and self.ipv4 + "/24", self.ipv6 and self.ipv6 + "/64")
-        ):
+        for address in filter(None, (self.ipv4 and self.ipv4 + "/24", self.ipv6 and self.ipv6 + "/64")):
             nodad = ["nodad"] if ":" in address else []
             self.namespaces.network("ip", "address", "add", address, "dev", "eth0", *nodad)
         self.namespaces.network("ip", "link", "set", "eth0", "up")
@@ -166,9 +162,7 @@ class Machine:
         self._switch.network("tc", "qdisc", "del", "dev", self._port, "root")
         self.namespaces.network("tc", "qdisc", "del", "dev", "eth0", "root")
 
-    def close_ports(
-        self, ports: str = "0:65535", but: int | None = None, how: str = "DROP"
-    ) -> None:
+    def close_ports(self, ports: str = "0:65535", but: int | None = None, how: str = "DROP") -> None:
         """Lets no new TCP connection in from outside to `ports` ("500:600"), or to any but one.
 
         how: DROP (packets vanish) or REJECT (the other side is refused at once).

@@ -117,6 +117,4 @@ def _environment(container: Manifest, resources: Manifest, index: int) -> dict[s
 def _command(container: Manifest, variables: dict[str, str]) -> list[str]:
     """command and args, with $(NAME) filled in as the kubelet does: unknown names stay."""
     words = [*container["command"], *container.get("args", [])]
-    return [
-        re.sub(r"\$\((\w+)\)", lambda m: variables.get(m[1], m[0]), str(word)) for word in words
-    ]
+    return [re.sub(r"\$\((\w+)\)", lambda m: variables.get(m[1], m[0]), str(word)) for word in words]

@@ -109,9 +109,7 @@ def main(notebook: Path, wrong_answers: Path) -> int:
         printed["solution"] = last_line(f"{exercise.solution}\n{again}", names, file_name)
         names[exercise.function] = start  # what comes next must not need this one solved
         for way, line in printed.items():
-            wanted = (
-                f"{exercise.number}: right" if way == "solution" else f"{exercise.number}: not yet"
-            )
+            wanted = f"{exercise.number}: right" if way == "solution" else f"{exercise.number}: not yet"
             good = line == wanted or (way != "solution" and line.startswith(f"{wanted}: "))
             failures += not good
             print(f"{'ok' if good else 'FAILED'}: {notebook.stem} {way}: {line}", flush=True)

@@ -77,9 +77,7 @@ class Slurm:
             for m in self.lab.machines
         )
         names = ",".join(m.name for m in self.lab.machines)
-        conf = _CONF.format(
-            master=self.master.name, address=self.master.address, folder=self.folder
-        )
+        conf = _CONF.format(master=self.master.name, address=self.master.address, folder=self.folder)
         partition = f"PartitionName=lab Nodes={names} Default=YES MaxTime=UNLIMITED State=UP\n"
         (self.folder / "slurm.conf").write_text(conf + nodes + partition)
         self._start(self.master, "slurmctld")
@@ -149,9 +147,7 @@ class Slurm:
             time.sleep(0.3)
 
 
-def wait_for_text(
-    path: Path, pattern: str, timeout_s: float = 2 * TIMEOUT_S, count: int = 1
-) -> None:
+def wait_for_text(path: Path, pattern: str, timeout_s: float = 2 * TIMEOUT_S, count: int = 1) -> None:
     """Returns when the regular expression is found `count` times in the file."""
     deadline = time.monotonic() + timeout_s
     while True:

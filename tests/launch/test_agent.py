@@ -14,9 +14,7 @@ TORCHELASTIC_RESTART_COUNT""".split()
 
 @pytest.mark.ranks
 def test_each_rank_gets_its_variables_and_its_part_of_the_cores(start, tmp_path):
-    process = start(
-        'note("env", json.dumps(dict(os.environ)))\nprint("hello")', "--nproc-per-node", "2"
-    )
+    process = start('note("env", json.dumps(dict(os.environ)))\nprint("hello")', "--nproc-per-node", "2")
     status, out, err = end(process)
     cores = max(1, launch.usable_cores() // 2)
     assert (status, err) == (0, [])

@@ -44,9 +44,7 @@ def test_a_traceback_is_printed_once_and_pointed_to(start):
     lines = f"if rank == 1:\n    for_ever()\n{FAILS.format('{}[1]')}"
     status, _, err = end(start(lines, "--nproc-per-node=2"))
     assert status == 1
-    assert err[-1] == (
-        f"ddp-launch: error: rank 0 on {HOST}: KeyError: 1 (its traceback stands above)"
-    )
+    assert err[-1] == (f"ddp-launch: error: rank 0 on {HOST}: KeyError: 1 (its traceback stands above)")
     assert [line for line in err if "Traceback" in line] == err[:1]
     assert len(err) < 10
 

@@ -84,9 +84,7 @@ def test_pet_variables_stand_behind_flags():
     )  # fmt: skip
     assert read_launch(LaunchOptions(nnodes="3"), pet).nodes == (3, 3)
     # Kubeflow sets a master for a single machine too.
-    assert (
-        read_launch(LaunchOptions(), {"PET_MASTER_ADDR": "m", "PET_NNODES": "1"}).endpoint is None
-    )
+    assert read_launch(LaunchOptions(), {"PET_MASTER_ADDR": "m", "PET_NNODES": "1"}).endpoint is None
     with pytest.raises(UserError, match=r"^PET_NNODES 'two'"):
         read_launch(LaunchOptions(), {"PET_NNODES": "two"})
     with pytest.raises(UserError, match=r"^PET_NODE_RANK is 4"):

@@ -13,9 +13,7 @@ pytestmark = pytest.mark.ranks
 
 
 def test_nodes_run_the_command_with_their_numbers(tmp_path):
-    code = (
-        "import sys, os; print(*sys.argv[1:], os.environ['NODE']); sys.exit(int(sys.argv[1]) * 3)"
-    )
+    code = "import sys, os; print(*sys.argv[1:], os.environ['NODE']); sys.exit(int(sys.argv[1]) * 3)"
     command = [sys.executable, "-c", code, "{node}", "{nnodes}", "{endpoint}"]
     nodes = run_nodes(command, 2, timeout_s=TIMEOUT_S, log_dir=tmp_path, env={"NODE": "n{node}"})
     assert [n.returncode for n in nodes] == [0, 3]

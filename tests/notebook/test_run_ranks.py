@@ -48,9 +48,7 @@ def test_a_closure_and_its_environment_travel(monkeypatch, tmp_path):
     monkeypatch.setenv("FROM_THE_NOTEBOOK", "yes")
     monkeypatch.chdir(tmp_path)
     number = 5
-    got = run_ranks(
-        lambda: (number, os.environ["FROM_THE_NOTEBOOK"], os.getcwd()), 1, timeout_s=TIMEOUT_S
-    )
+    got = run_ranks(lambda: (number, os.environ["FROM_THE_NOTEBOOK"], os.getcwd()), 1, timeout_s=TIMEOUT_S)
     assert got == [(5, "yes", str(tmp_path))]
 
 
@@ -64,9 +62,7 @@ def chatty() -> None:
 
 def test_output_comes_in_rank_order_with_the_rank_in_front(capsys):
     run_ranks(chatty, 2, timeout_s=TIMEOUT_S)
-    want = [
-        f"[rank {r}] {w}" for r in "01" for w in (f"out {r}", f"err {r}", f"raw {r}", "no newline")
-    ]
+    want = [f"[rank {r}] {w}" for r in "01" for w in (f"out {r}", f"err {r}", f"raw {r}", "no newline")]
     assert capsys.readouterr().out.splitlines() == want
 
 

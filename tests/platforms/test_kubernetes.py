@@ -194,7 +194,5 @@ def test_a_pod_without_its_service_has_no_name():
 
 
 def test_readme_applies_these_files():
-    named = re.findall(
-        r"kubectl apply --filename (\S+)", "\n".join(readme.commands("By Kubernetes"))
-    )
+    named = re.findall(r"kubectl apply --filename (\S+)", "\n".join(readme.commands("By Kubernetes")))
     assert sorted(named) == sorted(f"deploy/kubernetes/{path.name}" for path in FILES)

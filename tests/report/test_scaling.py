@@ -74,9 +74,7 @@ def test_a_slow_link_is_never_hidden():
 def test_the_last_bucket_may_be_small():
     step = Step(0.3, 0.2, 30 * MB)
     assert predict_step_s(step, LINK, 2) == pytest.approx(0.3 + LINK.all_reduce_s(5 * MB, 2))
-    assert predict_step_s(Step(0.3, 0.2, 1000), LINK, 2) == pytest.approx(
-        0.3 + LINK.all_reduce_s(1000, 2)
-    )
+    assert predict_step_s(Step(0.3, 0.2, 1000), LINK, 2) == pytest.approx(0.3 + LINK.all_reduce_s(1000, 2))
 
 
 def test_efficiency_falls_with_ranks_and_rises_with_accumulation():

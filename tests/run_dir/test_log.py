@@ -57,9 +57,7 @@ def test_a_half_line_is_passed_over_and_ended_by_the_next_start(tmp_path, kept):
     assert list(table["loss"]) == [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    "garbage", [b'{"step": 1, "lo', b"\0" * 64, b"\xff\xfe{", b"12", b"null", b""]
-)
+@pytest.mark.parametrize("garbage", [b'{"step": 1, "lo', b"\0" * 64, b"\xff\xfe{", b"12", b"null", b""])
 def test_garbage_in_the_middle_is_passed_over(tmp_path, garbage):
     write_start(tmp_path, 0, range(2))
     with open(tmp_path / "rank0.jsonl", "ab") as file:

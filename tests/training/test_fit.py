@@ -46,9 +46,7 @@ def count_right(weights: str, images: str, cache: str, model: str) -> tuple[int,
 
 
 @pytest.mark.parametrize("model", ["tests.lab.models:Lively", "ddp_lib.model:SimpleModel"])
-def test_one_checkpoint_counts_the_same_on_any_number_of_ranks(
-    tmp_path, images_folder, shared_cache, model
-):
+def test_one_checkpoint_counts_the_same_on_any_number_of_ranks(tmp_path, images_folder, shared_cache, model):
     settings = config(tmp_path, images_folder, shared_cache, epochs=1, model=model)
     run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)
     weights = str(tmp_path / "cifar_net.pth")
@@ -86,9 +84,7 @@ def test_losses_agree_step_by_step_in_float64(tmp_path, images_folder, shared_ca
         )
         run_ranks(train, ranks, settings, timeout_s=TIMEOUT_S)
         log = read_run(folder)
-        losses[ranks] = torch.tensor(
-            log.groupby("step")["loss"].mean().tolist(), dtype=torch.double
-        )
+        losses[ranks] = torch.tensor(log.groupby("step")["loss"].mean().tolist(), dtype=torch.double)
         assert len(losses[ranks]) == 50
     assert losses[1].std() > 1e-3  # something was learned
     assert (losses[1] - losses[2]).abs().max() < 1e-9
@@ -99,9 +95,7 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
     ends = {}
     for parts in (1, 3):
         folder = tmp_path / str(parts)
-        settings = config(
-            folder, images_folder, shared_cache, precision="fp64", accumulate=parts, epochs=1
-        )
+        settings = config(folder, images_folder, shared_cache, precision="fp64", accumulate=parts, epochs=1)
         run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)
         ends[parts] = torch.load(folder / "cifar_net.pth", weights_only=True)
     for name, value in ends[1].items():
@@ -112,9 +106,7 @@ def test_accumulating_gradients_changes_nothing(tmp_path, images_folder, shared_
 def test_two_runs_of_one_config_have_the_same_bits(tmp_path, images_folder, shared_cache, lag):
     """Also if the second run reads its losses one step late, as on a GPU."""
     for name, how in (("a", 0), ("b", lag)):
-        settings = config(
-            tmp_path / name, images_folder, shared_cache, model="tests.lab.models:Lively"
-        )
+        settings = config(tmp_path / name, images_folder, shared_cache, model="tests.lab.models:Lively")
         run_ranks(train, 2, settings, -1, how, timeout_s=TIMEOUT_S)
     first, second = ((tmp_path / n / "cifar_net.pth").read_bytes() for n in ("a", "b"))
     assert first == second

@@ -23,9 +23,7 @@ pytestmark = pytest.mark.ranks
         ({"run_dir": "new", "init_from": "none.pth"}, "none.pth"),
     ],
 )
-def test_refused_with_one_line_and_nothing_lost(
-    tmp_path, images_folder, shared_cache, changes, says
-):
+def test_refused_with_one_line_and_nothing_lost(tmp_path, images_folder, shared_cache, changes, says):
     first = tmp_path / "first"
     run_ranks(train, 2, config(first, images_folder, shared_cache, epochs=1), timeout_s=TIMEOUT_S)
     kept = {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()}

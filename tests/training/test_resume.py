@@ -12,9 +12,7 @@ from tests.lab.runs import TIMEOUT_S, config, train
 pytestmark = pytest.mark.ranks
 
 
-def killed_and_resumed(
-    folder: Path, settings, ranks: int, step: int, lose_optimizer=False
-) -> bytes:
+def killed_and_resumed(folder: Path, settings, ranks: int, step: int, lose_optimizer=False) -> bytes:
     with pytest.raises(RankError, match="SIGKILL"):
         run_ranks(train, ranks, settings, step, timeout_s=TIMEOUT_S)
     assert not (folder / "cifar_net.pth").exists()
