@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ddp_lib.data.cache import SIDE, RawDataset
+from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import UserError
 
 SUFFIXES = tuple(f".{kind}" for kind in (
@@ -37,11 +38,10 @@ class ImageFolder:
     def read(self, log: Callable[[str], None]) -> RawDataset:
         """Decodes every image. UserError, which names the file, if one cannot be decoded."""
         log(f"data: decoding {len(self.train) + len(self.test):,} images of {self.root}, once")
-        threads = _cores()
         arrays = []
         resized = 0
         for split in (self.train, self.test):
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(usable_cores()) as pool:
                 try:
                     decoded = list(pool.map(_decode, (path for path, _ in split), chunksize=64))
                 except BaseException:
@@ -139,10 +139,3 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
     except Exception as error:  # Pillow raises many types of exceptions for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"image {path} cannot be read ({reason}): replace or remove it") from None
-
-
-def _cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

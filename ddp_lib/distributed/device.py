@@ -3,16 +3,22 @@
 import ctypes
 import os
 from functools import cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from ddp_lib.errors import UserError
+
+if TYPE_CHECKING:  # loaded only if a device is asked for: the launcher counts cores without it
+    import torch
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_budget(local_world_size: int) -> int:
     """Threads per rank: this machine's usable cores divided among its ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
+    return max(1, usable_cores() // local_world_size)
 
 
 def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
@@ -29,8 +35,10 @@ def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, s
     return ("nccl" if gpus >= local_world_size else "gloo"), have
 
 
-def pick_device(backend: str, local_rank: int) -> torch.device:
+def pick_device(backend: str, local_rank: int) -> "torch.device":
     """This local rank's GPU for nccl; the first GPU, if any, for a single process; else the CPU."""
+    import torch
+
     if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

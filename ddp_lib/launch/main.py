@@ -12,6 +12,7 @@ import tyro
 from ddp_lib.cli import parse
 from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.addresses import join_host
+from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import (
     CheckOptions,
@@ -19,7 +20,6 @@ from ddp_lib.launch.options import (
     count_ranks,
     pet_variables,
     read_launch,
-    usable_cores,
 )
 from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.forkserver import start_server
@@ -116,7 +116,7 @@ def dry_run(options: LaunchOptions, training: TrainConfig) -> int:
 
     launch = read_launch(options)
     nproc = count_ranks(launch.nproc)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // nproc))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(thread_budget(nproc))
     print(plain_command(launch, nproc, threads, training))
     return 0
 
@@ -139,7 +139,7 @@ def start_agent(
     with StopSignal(_GRACE_S, _end_now, impatient=True):
         nproc = count_ranks(launch.nproc)
         # Set before torch loads, since torch reads it then.
-        threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
+        threads = os.environ.setdefault("OMP_NUM_THREADS", str(thread_budget(nproc)))
         # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         where = ""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddp_lib.distributed.addresses import Endpoint, port_number
+from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import UserError
 
 # torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
@@ -155,10 +156,6 @@ def _endpoint(flag: str, text: str) -> Endpoint:
             "and brackets around an IPv6 address, [fd77::10]:29500"
         )
     return Endpoint(bare, port_number(f"{flag}'s port", port), flag)
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_ranks(nproc: str) -> int:

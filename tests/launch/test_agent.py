@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ddp_lib.launch import main as launch
+from ddp_lib.distributed.device import thread_budget
 from tests.lab.ports import free_port
 from tests.lab.processes import HOST, end
 
@@ -16,7 +16,7 @@ TORCHELASTIC_RESTART_COUNT""".split()
 def test_each_rank_gets_its_variables_and_its_part_of_the_cores(start, tmp_path):
     process = start('note("env", json.dumps(dict(os.environ)))\nprint("hello")', "--nproc-per-node", "2")
     status, out, err = end(process)
-    cores = max(1, launch.usable_cores() // 2)
+    cores = thread_budget(2)
     assert (status, err) == (0, [])
     assert out.splitlines() == [
         f"ddp-launch: starting 2 rank(s) on {HOST}, OMP_NUM_THREADS={cores} a rank",
@@ -45,7 +45,7 @@ note("is", json.dumps(said))
     status, _, err = end(start(lines, "--nproc-per-node", "2"))
     assert (status, err) == (0, [])
     first, second = (json.loads((tmp_path / f"is{rank}").read_text()) for rank in range(2))
-    cores = max(1, launch.usable_cores() // 2)
+    cores = thread_budget(2)
     assert first[:3] == [False, "ddp-rank0", cores] and second[:3] == [False, "ddp-rank1", cores]
     assert first[3] == second[3]
 
