@@ -35,6 +35,13 @@ class Plain(Mortal):
         )
 
 
+class Linear(nn.Sequential):
+    """The least to compile."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3072, num_classes))
+
+
 class Lively(Mortal):
     """BatchNorm's buffers and dropout's generator: all that a checkpoint must not lose.
 
