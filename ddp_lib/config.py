@@ -1,17 +1,17 @@
 """TrainConfig: all settings of a training run. Does not import torch, so that `--help` is quick."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ddp_lib.errors import UserError
 
-# Fields that may differ between the machines of a run: paths, and how long to wait. The data is
-# compared by its content.
+# Fields that may differ between the machines of a run: paths and timeouts. Data is compared by its content.
 PER_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
 # Fields that may differ when a run is resumed: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
-    "epochs run_dir data_dir resume checkpoint_every_s backend"
+    "epochs run_dir data_dir resume backend checkpoint_every_s"
     " join_timeout_s timeout_s data_timeout_s".split()
 )
 
@@ -21,8 +21,8 @@ class TrainConfig:
     """What to train, on which data, and how."""
 
     data: str = "cifar10"
-    """`cifar10` (downloaded once per machine), `shapes` (built in, no download), or a folder that
-    holds train/<class>/* and test/<class>/* images."""
+    """`cifar10` (downloaded once per machine), `shapes` (built in, no download), or a folder that holds
+    train/<class>/* and test/<class>/* images."""
     data_dir: str = "data"
     """Folder for downloads and for the decoded images, which all ranks of a machine use."""
     run_dir: str = "runs/default"
@@ -70,32 +70,23 @@ class TrainConfig:
     """Seconds to wait until this machine and all others have the data ready."""
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, cure: str) -> None:
-            if not ok:
-                flag = "--" + field.replace("_", "-")
-                raise UserError(f"{flag} is {getattr(self, field)!r}: {cure}")
+        def require(fields: str, is_valid: Callable[[Any], Any], cure: str) -> None:
+            for field in fields.split():
+                value = getattr(self, field)
+                if not is_valid(value):
+                    raise UserError(f"--{field.replace('_', '-')} is {value!r}: {cure}")
 
-        for field in ("epochs", "global_batch_size", "accumulate"):
-            require(getattr(self, field) >= 1, field, "give a whole number of at least 1")
-        for field in ("lr", "join_timeout_s", "timeout_s", "data_timeout_s", "checkpoint_every_s"):
-            value = getattr(self, field)
-            require(math.isfinite(value) and value > 0, field, "give a number above 0")
-        for field in ("momentum", "label_smoothing", "warmup"):
-            require(0 <= getattr(self, field) < 1, field, "give a number from 0 to below 1")
-        require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            "give a number of at least 0",
-        )
-        require(0 <= self.seed < 2**31, "seed", "give a whole number from 0 to 2147483647")
-        require(bool(self.run_dir.strip()), "run_dir", "name a folder, such as runs/first")
-        require(bool(self.data.strip()), "data", "give cifar10, shapes or a folder of images")
+        require("epochs global_batch_size accumulate", lambda n: n >= 1, "give a whole number of at least 1")
+        seconds = "join_timeout_s timeout_s data_timeout_s checkpoint_every_s"
+        require(f"lr {seconds}", lambda x: 0 < x < math.inf, "give a number above 0")
+        require("momentum label_smoothing warmup", lambda x: 0 <= x < 1, "give a number from 0 to below 1")
+        require("weight_decay", lambda x: 0 <= x < math.inf, "give a number of at least 0")
+        require("seed", lambda n: 0 <= n < 2**31, "give a whole number from 0 to 2147483647")
+        require("run_dir", str.strip, "name a folder, such as runs/first")
+        require("data", str.strip, "give cifar10, shapes or a folder of images")
         module, _, name = self.model.partition(":")
-        require(
-            bool(module) and name.isidentifier(),
-            "model",
-            "write package.module:callable, such as ddp_lib.model:SimpleModel",
-        )
+        cure = "write package.module:callable, such as ddp_lib.model:SimpleModel"
+        require("model", lambda _: module and name.isidentifier(), cure)
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Fields that must not change when a run is resumed but did, as `name: earlier -> now`."""

@@ -1,15 +1,28 @@
 """UserError: a mistake that the reader can correct."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
-    """A problem that the reader can solve. Its text is one line that names the value and the cure.
-
-    Entry points print that line without a traceback and exit with status 2.
-    """
+    """A problem that the reader can solve. Its text is one line that names the value and the cure. Entry
+    points print that line without a traceback and exit with status 2."""
 
 
 class PeerError(UserError):
     """Another rank's UserError, heard from it."""
+
+
+@contextmanager
+def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
+    """Turns an OSError into a UserError that names `path` and ends with `kept`: what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -18,8 +31,8 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-# What gloo and NCCL say on the ranks that survive when a peer is gone, or silent: a consequence of
-# another rank's failure.
+# What gloo and NCCL say on the ranks that survive when a peer is gone, or silent: a consequence of another
+# rank's failure.
 PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
 _TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "Application timeout")
 

@@ -13,10 +13,8 @@ from ddp_lib.errors import UserError
 
 
 def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Sequential:
-    """3x3 convolution, BatchNorm, ReLU: (B, channels_in, H, W) -> (B, channels_out, H, W).
-
-    With `pool`, height and width are halved.
-    """
+    """3x3 convolution, BatchNorm, ReLU: (B, channels_in, H, W) -> (B, channels_out, H, W). With `pool`,
+    height and width are halved."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
         nn.MaxPool2d(2) if pool else nn.Identity(),  # before the next two: a quarter to compute
@@ -26,10 +24,8 @@ def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Se
 
 
 class Residual(nn.Module):
-    """x + f(x), where f has two convolutions; keeps the shape (B, channels, H, W).
-
-    He et al., "Deep residual learning" (2015).
-    """
+    """x + f(x), f being two convolutions, as in He et al., "Deep residual learning" (2015). Keeps the shape
+    (B, channels, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -42,9 +38,8 @@ class Residual(nn.Module):
 class SimpleModel(nn.Module):
     """Seven convolutions and one linear layer for images (B, 3, 32, 32); returns logits (B, num_classes).
 
-    The image shrinks early, so that most of the work is done on small maps: 33 million
-    multiplications per image. There are only 431 thousand parameters, because the gradient of each is
-    sent at every step.
+    The image shrinks early, so that most of the work is done on small maps: 33 million multiplications per
+    image. There are only 431 thousand parameters, because the gradient of each is sent at every step.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -60,16 +55,15 @@ class SimpleModel(nn.Module):
         self.classifier = nn.Linear(240, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # Scaled down: the maximum over the image makes logits large, and the loss would jump about in
-        # the first steps.
+        # Scaled down: the maximum over the image makes logits large, and the first losses would jump about.
         return 0.2 * self.classifier(self.features(images).flatten(1))
 
 
 def build_model(spec: str, num_classes: int) -> nn.Module:
     """The model that `package.module:callable` returns when it is called with num_classes=...
 
-    The working directory is on the path. UserError if the callable cannot be found or called, or
-    returns no torch.nn.Module with a parameter to train.
+    The working directory is on the path. UserError if the callable cannot be found or called, or returns no
+    torch.nn.Module with a parameter to train.
     """
     module_name, _, name = spec.partition(":")
     if "" not in sys.path:

@@ -95,7 +95,7 @@ def fit(
                 save()
             if signal:
                 log.end(step, f"signal {signal}")
-                run.sync_logs()
+                run.log_sync.send()
                 progress.say_once(
                     f"stopped by signal {signal} at step {step} of {total_steps}; "
                     "the same command goes on from here"
@@ -141,7 +141,7 @@ def fit(
                 save()
                 evaluation = evaluate(model, data, world)
                 metrics.report(step, train_loss, images_per_s, evaluation)
-                run.sync_logs()
+                run.log_sync.send()
             # None if the run was killed between its last checkpoint and its results.
             evaluation = evaluation or evaluate(model, data, world)
             summary = {
@@ -163,7 +163,7 @@ def fit(
                 write_results(run.folder, copy_state(model), summary)
                 progress.say(f"{evaluation}; model in {run.folder}/cifar_net.pth")
             log.end(step, "finished")
-            run.sync_logs()
+            run.log_sync.send()
             return summary
 
 

@@ -8,8 +8,7 @@ import torch
 from ddp_lib.data.cache import SIDE
 from ddp_lib.data.dataset import Dataset, Split
 
-# Black pixels added on each side before a random crop. The usual number is 4; for a training of only
-# ten epochs, 2 is better.
+# Black pixels added on each side before a random crop: usually 4, but 2 is better for only ten epochs.
 PADDING = 2
 _POSITIONS = 2 * PADDING + 1
 
@@ -24,10 +23,10 @@ def make_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples `indices` (int64, (B,)) of `split` as a batch on `device`.
 
-    Returns x, `dtype` (B, 3, 32, 32) in channels_last layout, normalised with the data set's mean
-    and std, and y, int64 (B,). `augment=(seed, epoch)` crops at random after padding by 2 pixels and
-    flips half of the images on average. A sample's crop and flip depend only on (seed, epoch, its
-    index), so they are the same on any rank, in any batch and after a restart.
+    Returns x, `dtype` (B, 3, 32, 32) in channels_last layout, normalised with the data set's mean and std,
+    and y, int64 (B,). `augment=(seed, epoch)` crops at random after padding by 2 pixels and flips half of the
+    images on average. A sample's crop and flip depend only on (seed, epoch, its index), so they are the same
+    on any rank, in any batch and after a restart.
     """
     # Without non_blocking, a copy to a GPU would wait for all work that is queued there.
     indices = indices.to(split.images.device, non_blocking=True)
@@ -46,11 +45,8 @@ def make_batch(
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p / 255 - mean) / std as one scale and one shift per channel, each `dtype` (3072,).
-
-    They are repeated for all 32 * 32 pixels of an image, so that the processor works on long rows
-    and not on rows of three.
-    """
+    """(p / 255 - mean) / std as one scale and one shift per channel, each `dtype` (3072,): repeated for all
+    32 * 32 pixels of an image, so that the processor works on long rows and not on rows of three."""
     means, stds = torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)
     scale, shift = (1 / (255 * stds)).repeat(SIDE * SIDE), (-means / stds).repeat(SIDE * SIDE)
     return scale.to(device), shift.to(device)
@@ -59,8 +55,8 @@ def _scale_and_shift(
 def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     """Pads uint8 images (B, 32, 32, 3) with 2 black pixels, crops each to 32 x 32, flips some.
 
-    `draw`, int64 (B,), 0..49, encodes an image's crop and flip: top + 5 * (left + 5 * flip), with
-    top and left in 0..4 and flip 0 or 1. Returns uint8 (B, 32, 32, 3).
+    `draw`, int64 (B,), 0..49, encodes an image's crop and flip: top + 5 * (left + 5 * flip), with top and
+    left in 0..4 and flip 0 or 1. Returns uint8 (B, 32, 32, 3).
     """
     count, width = len(images), SIDE + 2 * PADDING
     top, left, flip = draw % _POSITIONS, draw // _POSITIONS % _POSITIONS, draw >= _POSITIONS**2
@@ -78,15 +74,14 @@ def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
 def random_below(limit: int, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
     """A uniform random number 0..limit-1 for each index, fixed by (seed, epoch, index); int64 (B,)."""
     key = _mix(_mix(seed & 0xFFFFFFFF) ^ epoch)
-    bits: torch.Tensor = _mix(indices ^ key)
-    return bits * limit >> 32
+    return _mix(indices ^ key) * limit >> 32
 
 
 def _mix(x: Any) -> Any:
     """A hash of 32 bits to 32 bits, one to one; takes an int or an int64 tensor.
 
-    Xorshifts and multiplications as in Chris Wellons' hash-prospector. These multipliers of his are
-    below 2**31, so that no product overflows int64 on any device.
+    Xorshifts and multiplications as in Chris Wellons' hash-prospector. These multipliers of his are below
+    2**31, so that no product overflows int64 on any device.
     """
     x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x735A2D97 & 0xFFFFFFFF

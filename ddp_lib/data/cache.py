@@ -4,22 +4,21 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ddp_lib.errors import UserError
 
 SIDE = 32  # height and width of every image, in pixels
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
-
-Meta = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,42 +32,44 @@ class RawDataset:
     test_labels: np.ndarray
 
 
-@contextmanager
-def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the cache's file lock, which the system releases even if the process is killed.
-
-    UserError if another process holds it for more than `timeout_s` seconds.
-    """
-    import filelock
-
-    lock = filelock.FileLock(cache.with_name(f"{cache.name}.lock"))
+def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> AbstractContextManager[object]:
+    """Holds the cache's file lock, which the system releases even if the process is killed. UserError if
+    another process holds it for more than `timeout_s` seconds."""
+    lock = FileLock(cache.with_name(f"{cache.name}.lock"))
     try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log(f"data: waiting for the process that makes {cache}, up to {timeout_s:g} s")
-            lock.acquire(timeout=timeout_s)
-    except filelock.Timeout:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log(f"data: waiting for the process that makes {cache}, up to {timeout_s:g} s")
+    try:
+        return lock.acquire(timeout=timeout_s)
+    except Timeout:
         raise UserError(
-            f"another process has been making {cache} for more than {timeout_s:g} s: check that "
-            "process, or give a larger --data-timeout-s"
+            f"another process has been making {cache} for more than {timeout_s:g} s: check that process, or "
+            "give a larger --data-timeout-s"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def array_sizes(folder: Path) -> dict[str, int]:
     return {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
 
 
-def write_cache(cache: Path, made_from: str, raw: RawDataset) -> None:
-    """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache."""
-    for unfinished in cache.parent.glob(f".{cache.name}.*"):  # left by a process that was killed
+def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
+    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
+        if (meta["made_from"], meta["bytes"]) == (made_from, array_sizes(cache)):
+            return meta
+    return None
+
+
+def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
+    """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache. Returns
+    the metadata."""
+    prefix = f".{cache.name}."
+    for unfinished in cache.parent.glob(f"{prefix}*"):  # left by a process that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
-    try:
+    with TemporaryDirectory(prefix=prefix, dir=cache.parent, ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
         folder.chmod(0o755)  # mkdtemp's 0700 would hide it from another user's job
         digest = hashlib.sha256(json.dumps(raw.classes).encode())
         for name in ARRAYS:
@@ -94,15 +95,12 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> None:
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         shutil.rmtree(cache, ignore_errors=True)  # damaged, or made from a source that has changed
         os.replace(folder, cache)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return meta
 
 
 def mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 images (N, H, W, 3), on a scale of 0..1.
-
-    Computed from exact integer counts, so they are the same on every machine.
-    """
+    """Mean and standard deviation per channel of uint8 images (N, H, W, 3), on a scale of 0..1. Computed from
+    exact integer counts, so they are the same on every machine."""
     counts = np.zeros((3, 256), dtype=np.int64)
     for first in range(0, len(images), 2000):  # in pieces: bincount makes int64 copies
         for channel in range(3):

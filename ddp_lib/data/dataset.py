@@ -1,17 +1,15 @@
 """Data sets as uint8 tensors, shared by a machine's ranks."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_lib.data import shapes
-from ddp_lib.data.cache import ARRAYS, META, RawDataset, cache_lock, write_cache
+from ddp_lib.data.cache import ARRAYS, RawDataset, cache_lock, read_meta, write_cache
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
 from ddp_lib.errors import UserError
@@ -32,9 +30,8 @@ class Split:
 class Dataset:
     """Two splits, and what training needs to know about them.
 
-    `classes[label]` is a label's name. `mean` and `std` are per channel (red, green, blue) over the
-    training images, on a scale of 0..1. `digest` is a SHA-256 of everything: if it is equal on two
-    machines, their data is equal.
+    `classes[label]` is a label's name. `mean` and `std` are per channel (red, green, blue) over the training
+    images, on a scale of 0..1. `digest` is a SHA-256 of everything: if it is equal, the data is equal.
     """
 
     name: str
@@ -46,15 +43,11 @@ class Dataset:
     digest: str
 
     def to_device(self, device: torch.device) -> "Dataset":
-        """A copy whose tensors are on `device` if that is a GPU with room for them; else this data set.
-
-        On a GPU, make_batch then makes the batches there. The images must fit into a quarter of the
-        GPU's free memory.
-        """
-        if device.type != "cuda":
-            return self
+        """A copy whose tensors are on `device` if that is a GPU with room for them; else this data set. On a
+        GPU, make_batch makes the batches there. The images must fit into a quarter of its free memory."""
         splits = (self.train, self.test)
-        if 4 * sum(split.images.nbytes for split in splits) > torch.cuda.mem_get_info(device)[0]:
+        nbytes = sum(split.images.nbytes for split in splits)
+        if device.type != "cuda" or 4 * nbytes > torch.cuda.mem_get_info(device)[0]:
             return self
         train, test = (Split(split.images.to(device), split.labels.to(device)) for split in splits)
         return replace(self, train=train, test=test)
@@ -69,12 +62,12 @@ def load_dataset(
 ) -> Dataset:
     """The data set `shapes`, `cifar10`, or a folder that holds train/<class>/* and test/<class>/*.
 
-    The first process on a machine writes the arrays to `<data_dir>/cache`. The others, those of
-    other jobs included, wait for it, up to `timeout_s` seconds. Then all map the same files, so that
-    the images are in memory once per machine, however many ranks there are. Needs no process group.
+    The first process on a machine writes the arrays to `<data_dir>/cache`. The others, those of other jobs
+    included, wait for it, up to `timeout_s` seconds. Then all map the same files, so that the images are in
+    memory once per machine, however many ranks there are. Needs no process group.
 
-    UserError if the source is missing or unusable, the download fails, the disk is full or cannot
-    be written, or the wait times out.
+    UserError if the source is missing or unusable, the download fails, the disk is full or cannot be written,
+    or the wait times out.
     """
     data_dir = Path(data_dir).expanduser()
     cache_name, made_from, make = _resolve_source(source, data_dir, download_timeout_s, log)
@@ -84,52 +77,32 @@ def load_dataset(
         if meta is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with cache_lock(cache, timeout_s, log):
-                meta = read_meta(cache, made_from)  # another process may have made it meanwhile
-                if meta is None:
-                    write_cache(cache, made_from, make())
-                    meta = read_meta(cache, made_from)
-                    assert meta is not None
-        # Mode "c" is copy on write: all processes share the pages, and torch does not warn about a
-        # read-only array.
-        arrays = {name: torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS}
+                # Another process may have made it meanwhile.
+                meta = read_meta(cache, made_from) or write_cache(cache, made_from, make())
+        # "c" is copy on write: all processes share the pages, and torch does not warn of a read-only array.
+        arrays = [torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS]
     except OSError as error:
         raise UserError(
-            f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the "
-            "disk, or give another --data-dir"
+            f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the disk, or "
+            "give another --data-dir"
         ) from None
-    return Dataset(
-        name=source,
-        classes=tuple(meta["classes"]),
-        train=Split(arrays["train_images"], arrays["train_labels"]),
-        test=Split(arrays["test_images"], arrays["test_labels"]),
-        mean=tuple(meta["mean"]),
-        std=tuple(meta["std"]),
-        digest=meta["digest"],
-    )
-
-
-def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
-    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
-    try:
-        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
-        sizes = {name: (cache / f"{name}.npy").stat().st_size for name in ARRAYS}
-        return meta if (meta["made_from"], meta["bytes"]) == (made_from, sizes) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    mean, std = tuple(meta["mean"]), tuple(meta["std"])
+    train, test = Split(*arrays[:2]), Split(*arrays[2:])
+    return Dataset(source, tuple(meta["classes"]), train, test, mean, std, meta["digest"])
 
 
 def digest_of(source: str, data_dir: str | Path = "data") -> str:
     """The first 12 digits of the digest of a data set that `load_dataset` has cached on this machine.
 
-    If it is not cached yet: the version for "shapes", which is the same everywhere, and "not ready"
-    for everything else. UserError if the folder is missing or unusable.
+    If it is not cached yet: the version for "shapes", which is the same everywhere, and "not ready" for
+    everything else. UserError if the folder is missing or unusable.
     """
     data_dir = Path(data_dir).expanduser()
     cache_name, made_from, _ = _resolve_source(source, data_dir, 0, print)
     meta = read_meta(data_dir / "cache" / cache_name, made_from)
-    if meta is not None:
-        return str(meta["digest"])[:12]
-    return made_from if source == "shapes" else "not ready"
+    if meta is None:
+        return made_from if source == "shapes" else "not ready"
+    return str(meta["digest"])[:12]
 
 
 def _resolve_source(
@@ -140,13 +113,10 @@ def _resolve_source(
         return "shapes", f"shapes version {shapes.VERSION}", _make_shapes
     if source == "cifar10":
         return "cifar10", "cifar10", partial(cifar10, data_dir, download_timeout_s, log)
-    folder = find_images(Path(source).expanduser())
-    return folder.key, folder.fingerprint, partial(folder.read, log)
+    return find_images(Path(source).expanduser(), log)
 
 
 def _make_shapes() -> RawDataset:
-    return RawDataset(
-        shapes.CLASSES,
-        *shapes.make_shapes(shapes.TRAIN_IMAGES, shapes.TRAIN_SEED),
-        *shapes.make_shapes(shapes.TEST_IMAGES, shapes.TEST_SEED),
-    )
+    train = shapes.make_shapes(shapes.TRAIN_IMAGES, shapes.TRAIN_SEED)
+    test = shapes.make_shapes(shapes.TEST_IMAGES, shapes.TEST_SEED)
+    return RawDataset(shapes.CLASSES, *train, *test)

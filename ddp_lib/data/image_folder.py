@@ -4,7 +4,8 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,53 +14,17 @@ from ddp_lib.data.cache import SIDE, RawDataset
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import UserError
 
-SUFFIXES = tuple(f".{kind}" for kind in (
-    "bmp", "gif", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp",
-))  # fmt: skip
+SUFFIXES = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The image files of a folder, by split, as (path, label); labels number the sorted class names."""
-
-    root: Path
-    classes: tuple[str, ...]
-    train: list[tuple[Path, int]]
-    test: list[tuple[Path, int]]
-    fingerprint: str
-    """Changes when a file is added, removed, renamed or changed."""
-
-    @property
-    def key(self) -> str:
-        """The name of the folder's cache, different for each path."""
-        path = self.root.resolve()
-        return f"folder-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-
-    def read(self, log: Callable[[str], None]) -> RawDataset:
-        """Decodes every image. UserError, which names the file, if one cannot be decoded."""
-        log(f"data: decoding {len(self.train) + len(self.test):,} images of {self.root}, once")
-        arrays = []
-        resized = 0
-        for split in (self.train, self.test):
-            with ThreadPoolExecutor(usable_cores()) as pool:
-                try:
-                    decoded = list(pool.map(_decode, (path for path, _ in split), chunksize=64))
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)  # or all other images would be decoded first
-                    raise
-            arrays.append(np.stack([pixels for pixels, _ in decoded]))
-            arrays.append(np.array([label for _, label in split], dtype=np.int64))
-            resized += sum(was_resized for _, was_resized in decoded)
-        if resized:
-            log(f"data: {resized:,} of them resized to {SIDE} x {SIDE}")
-        return RawDataset(self.classes, *arrays)
-
-
-def find_images(root: Path) -> ImageFolder:
+def find_images(root: Path, log: Callable[[str], None]) -> tuple[str, str, Callable[[], RawDataset]]:
     """Lists root/train/<class>/* and root/test/<class>/* without opening an image.
 
-    UserError if a folder is missing, a class is empty, there are fewer than two classes, or train/
-    and test/ have different ones.
+    Returns the name of the folder's cache, different for each path; a fingerprint, which changes when a file
+    is added, removed, renamed or changed; and a function that decodes the images.
+
+    UserError if a folder is missing, a class is empty, there are fewer than two classes, or train/ and test/
+    have different ones.
     """
     if not root.is_dir():
         raise UserError(
@@ -67,19 +32,17 @@ def find_images(root: Path) -> ImageFolder:
             "train/<class>/* and test/<class>/* images"
         )
     names: dict[str, list[str]] = {}
-    files: dict[str, list[tuple[Path, int]]] = {}
-    listing = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape"))
-    for split in ("train", "test"):
+    files: dict[str, list[tuple[Path, int]]] = {"train": [], "test": []}
+    path = root.resolve()
+    listing = hashlib.sha256(str(path).encode(errors="surrogateescape"))
+    for split in files:
         folder = root / split
         if not folder.is_dir():
             raise UserError(f"{root} has no folder {split}/: it needs train/<class>/* and test/<class>/*")
         try:
-            names[split] = sorted(
-                e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")
-            )
-            files[split] = []
+            names[split] = [entry.name for entry in _visible(folder) if entry.is_dir()]
             for label, name in enumerate(names[split]):
-                images = _list_images(folder / name)
+                images = [e for e in _visible(folder / name) if Path(e.name).suffix.lower() in SUFFIXES]
                 if not images:
                     raise UserError(
                         f"class folder {folder / name} holds no images ({', '.join(SUFFIXES)}): "
@@ -92,32 +55,45 @@ def find_images(root: Path) -> ImageFolder:
                     files[split].append((Path(entry.path), label))
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror}): repair or remove it") from None
-    in_one_split = sorted(set(names["train"]) ^ set(names["test"]))
-    if in_one_split:
-        differences = [
-            f"{name!r} only in {'train' if name in names['train'] else 'test'}" for name in in_one_split
-        ]
+    differences = [
+        f"{name!r} only in {'train' if name in names['train'] else 'test'}"
+        for name in sorted(set(names["train"]) ^ set(names["test"]))
+    ]
+    if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(
-            f"the classes in {root}/train and {root}/test differ: "
-            f"{', '.join(differences[:5])}{more}; "
+            f"the classes in {root}/train and {root}/test differ: {', '.join(differences[:5])}{more}; "
             "give both the same folders"
         )
     if len(names["train"]) < 2:
         raise UserError(f"{root}/train holds {len(names['train'])} class folders: a classifier needs two")
-    return ImageFolder(root, tuple(names["train"]), files["train"], files["test"], listing.hexdigest())
+    key = f"folder-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    return key, listing.hexdigest(), partial(_decode_all, root, tuple(names["train"]), files, log)
 
 
-def _list_images(folder: Path) -> list[os.DirEntry[str]]:
-    """The image files in a folder, sorted by name: every machine numbers the images in the same way."""
-    return sorted(
-        (
-            entry
-            for entry in os.scandir(folder)
-            if not entry.name.startswith(".") and Path(entry.name).suffix.lower() in SUFFIXES
-        ),
-        key=lambda entry: entry.name,
-    )
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What is not hidden in a folder, sorted by name: every machine numbers it in the same way."""
+    return sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=attrgetter("name"))
+
+
+def _decode_all(
+    root: Path, classes: tuple[str, ...], files: dict[str, list[tuple[Path, int]]], log: Callable[[str], None]
+) -> RawDataset:
+    """files: (path, label) by split. UserError, which names the file, if an image cannot be decoded."""
+    log(f"data: decoding {sum(map(len, files.values())):,} images of {root}, once")
+    arrays: list[np.ndarray] = []
+    resized = 0
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
+        for paths, labels in (zip(*split, strict=True) for split in files.values()):
+            images, was_resized = zip(*pool.map(_decode, paths), strict=True)
+            arrays += [np.stack(images), np.array(labels, dtype=np.int64)]
+            resized += sum(was_resized)
+    finally:
+        pool.shutdown(cancel_futures=True)  # or after an error all other images would be decoded first
+    if resized:
+        log(f"data: {resized:,} of them resized to {SIDE} x {SIDE}")
+    return RawDataset(classes, *arrays)
 
 
 def _decode(path: Path) -> tuple[np.ndarray, bool]:

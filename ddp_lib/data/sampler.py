@@ -21,12 +21,11 @@ class TrainSampler:
     """One rank's batches of indices, for a loop or as `DataLoader(batch_sampler=...)`.
 
     An epoch is a permutation of the n samples, the same on all ranks. Step k uses the k-th piece of
-    `global_batch_size` indices. Of this piece, rank r takes every `world_size`-th index, starting
-    with the r-th, as `torch.utils.data.DistributedSampler(drop_last=True)` does. An incomplete last
-    piece is dropped. So each step sees the same samples, however many ranks there are.
+    `global_batch_size` indices. Of this piece, rank r takes every `world_size`-th index, starting with the
+    r-th, as `torch.utils.data.DistributedSampler(drop_last=True)` does. An incomplete last piece is dropped.
+    So each step sees the same samples, however many ranks there are.
 
-    UserError if n is less than one global batch, or the global batch cannot be divided equally
-    among the ranks.
+    UserError if n is less than one global batch, or the ranks cannot divide the global batch equally.
     """
 
     def __init__(
@@ -45,10 +44,8 @@ class TrainSampler:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Sets the epoch, which decides the permutation, and the step at which iteration starts.
-
-        If it is never called, each iteration repeats the same order, as with torch's sampler.
-        """
+        """Sets the epoch, which decides the permutation, and the step at which iteration starts. If it is
+        never called, each iteration repeats the same order, as with torch's sampler."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -68,9 +65,9 @@ def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) ->
     """One rank's batches of indices; all ranks together cover 0..n-1 exactly once, without padding.
 
     The data is cut into chunks of `batch_size` (the last may be shorter), and chunk j goes to rank
-    j % world_size. Which samples are in a chunk does not depend on the number of ranks, and so
-    neither do the bits that a model computes from it. Ranks may get different numbers of chunks, or
-    none, so do not call a collective inside a loop over them.
+    j % world_size. Which samples are in a chunk does not depend on the number of ranks, and so neither do the
+    bits that a model computes from it. Ranks may get different numbers of chunks, or none, so do not call a
+    collective inside a loop over them.
     """
     for first in range(rank * batch_size, n, world_size * batch_size):
         yield torch.arange(first, min(first + batch_size, n))

@@ -6,6 +6,7 @@ square roots, whose rounding IEEE 754 defines. There is no sine, no exponential,
 sum whose order a library may choose.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -34,14 +35,12 @@ _CHUNK = 500  # images made at a time, to limit memory
 _STAR = ((0.0, 1.0), (0.9510565, 0.309017), (-0.9510565, 0.309017), (0.5877853, -0.809017),
          (-0.5877853, -0.809017))  # fmt: skip
 
-Draw = Callable[[int, int], np.ndarray]
+Draw = Callable[..., np.ndarray]  # see _make_chunk
 
 
 def make_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """n images, uint8 (n, 32, 32, 3), and their labels, int64 (n,), which cycle through the classes.
-
-    With the same seed, a smaller n gives the first n images of a larger one.
-    """
+    """n images, uint8 (n, 32, 32, 3), and their labels, int64 (n,), which cycle through the classes. With the
+    same seed, a smaller n gives the first n images of a larger one."""
     layout, noise = np.random.Philox(key=2 * seed), np.random.Philox(key=2 * seed + 1)
     images = np.empty((n, SIDE, SIDE, 3), dtype=np.uint8)
     labels = np.arange(n) % len(CLASSES)
@@ -55,11 +54,12 @@ def _make_chunk(labels: np.ndarray, layout: np.random.Philox, noise: np.random.P
     count = len(labels)
     columns = iter(layout.random_raw(count * _DRAWS).reshape(count, _DRAWS).T)
 
-    def draw(low: int, high: int) -> np.ndarray:
-        """The next uniform random number low..high of each image: int64 (count,)."""
-        return low + ((next(columns) >> 33).astype(np.int64) * (high - low + 1) >> 31)
+    def draw(low: int, high: int, *shape: int) -> np.ndarray:
+        """The next uniform random numbers low..high of each image: int64 (count, *shape)."""
+        words = np.stack([next(columns) for _ in range(math.prod(shape))], axis=-1).reshape(count, *shape)
+        return low + ((words >> 33).astype(np.int64) * (high - low + 1) >> 31)
 
-    base = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
+    base = draw(0, 255, 3)
     pixels = _background(base, draw)
     for _ in range(_CLUTTER):
         _rectangle(pixels, draw)
@@ -75,14 +75,10 @@ def _make_chunk(labels: np.ndarray, layout: np.random.Philox, noise: np.random.P
 
 
 def _background(base: np.ndarray, draw: Draw) -> np.ndarray:
-    """Images (N, 32, 32, 3) of the colour `base` (N, 3), varied by interpolating a random grid.
-
-    The interpolation between grid points is bilinear.
-    """
+    """Images (N, 32, 32, 3) of the colour `base` (N, 3), varied by interpolating a random grid bilinearly."""
     amount = draw(0, _WAVE)
-    points = np.stack([draw(-64, 64) for _ in range((_CELLS + 1) ** 2)], axis=-1)
-    points = points.reshape(-1, _CELLS + 1, _CELLS + 1) * amount[:, None, None]
-    tint = np.stack([draw(-64, 64) for _ in range(3)], axis=-1)
+    points = draw(-64, 64, _CELLS + 1, _CELLS + 1) * amount[:, None, None]
+    tint = draw(-64, 64, 3)
     size = SIDE // _CELLS  # of a cell, in pixels
     cell, weight = np.arange(SIDE) // size, 2 * (np.arange(SIDE) % size) + 1  # weight: of 2 * size
     rows = points[:, cell] * (2 * size - weight)[:, None] + points[:, cell + 1] * weight[:, None]
@@ -93,18 +89,15 @@ def _background(base: np.ndarray, draw: Draw) -> np.ndarray:
 
 def _rectangle(pixels: np.ndarray, draw: Draw) -> None:
     """Paints a small upright rectangle of random colour and position into each image."""
-    left, top, width, height = draw(0, 31), draw(0, 31), draw(2, 7), draw(2, 7)
-    colour = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
-    across, down = np.arange(SIDE) - left[:, None], np.arange(SIDE) - top[:, None]
-    inside_across = (across >= 0) & (across < width[:, None])
-    inside_down = (down >= 0) & (down < height[:, None])
-    inside = inside_down[:, :, None] & inside_across[:, None, :]
-    np.copyto(pixels, colour[:, None, None], where=inside[..., None])
+    offset = np.arange(SIDE) - draw(0, 31, 2)[..., None]  # of each column and row from the rectangle's corner
+    inside = (offset >= 0) & (offset < draw(2, 7, 2)[..., None])  # (N, 2, 32): columns, then rows
+    where = inside[:, 1, :, None] & inside[:, 0, None, :]
+    np.copyto(pixels, draw(0, 255, 3)[:, None, None], where=where[..., None])
 
 
 def _contrasting_colour(base: np.ndarray, draw: Draw) -> np.ndarray:
     """A random colour (N, 3) for each base colour (N, 3), different enough to be seen on it."""
-    colour = np.stack([draw(0, 255) for _ in range(3)], axis=-1)
+    colour = draw(0, 255, 3)
     close = np.abs(colour - base).sum(axis=-1, keepdims=True) < _CONTRAST
     return np.where(close, (colour + 128) % 256, colour)
 
@@ -136,10 +129,8 @@ def _coverage(labels: np.ndarray, draw: Draw) -> np.ndarray:
 
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Whether points are inside the shape, or on the texture's pattern, which fills a disc.
-
-    (u, v) is a point's position in units of the radius; (p, q) is the same in periods of the texture.
-    """
+    """Whether points are inside the shape, or on the texture's pattern, which fills a disc. (u, v) is a
+    point's position in units of the radius; (p, q) is the same in periods of the texture."""
     p, q = p - np.floor(p), q - np.floor(q)
     squared = u * u + v * v
     smaller, larger = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))

@@ -19,17 +19,9 @@ LineStyle = str | tuple[int, tuple[int, ...]]
 # Okabe and Ito's colours for colour-blind readers (2008), without yellow, which is too pale on white,
 # and black, which is used for the mean of all ranks. Consecutive colours differ in lightness too.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-# One more than there are colours, so that a pair of both repeats only after 42 ranks. 7 ranks can be
-# told apart without colour.
-_LINE_STYLES: tuple[LineStyle, ...] = (
-    "-",
-    (0, (4, 1)),
-    (0, (1, 1)),
-    (0, (6, 1, 1, 1)),
-    (0, (9, 2)),
-    (0, (4, 1, 1, 1, 1, 1)),
-    (0, (2, 2)),
-)
+_DASHES = ((4, 1), (1, 1), (6, 1, 1, 1), (9, 2), (4, 1, 1, 1, 1, 1), (2, 2))
+# One more than there are colours: a pair of both repeats only after 42 ranks. 7 differ even without colour.
+_LINE_STYLES: tuple[LineStyle, ...] = ("-", *((0, dashes) for dashes in _DASHES))
 _MANY_RANKS = 8  # with more ranks: thinner lines, and no faint unsmoothed lines behind them
 _LEGEND_RANKS = 24
 
@@ -40,11 +32,8 @@ def rank_style(rank: int) -> tuple[str, LineStyle]:
 
 
 def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draws the run in `folder` to the file `out` (default: `folder`/loss.png) and returns its path.
-
-    The suffix of `out` chooses the format (.png, .svg, .pdf). UserError if there is no log, or no
-    step in it.
-    """
+    """Draws the run in `folder` to the file `out` (default: `folder`/loss.png) and returns its path. The
+    suffix of `out` chooses the format (.png, .svg, .pdf). UserError if there is no log, or no step in it."""
     figure = draw_run(folder)
     path = Path(folder) / "loss.png" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +48,17 @@ def draw_run(folder: str | Path) -> "Figure":
     log, events = read_run(folder), read_events(folder)
     if log.empty:
         raise UserError(f"{folder} has no step in its logs yet: plot it when the run has begun")
-    ranks = log["rank"].nunique()
+    by_rank = {rank: log[log["rank"] == rank].set_index("step") for rank in sorted(set(log["rank"]))}
+    steps = log["step"].nunique()
     figure = Figure(figsize=(10, 10), layout="constrained")
     loss, accuracy, speed = figure.subplots(3, 1, height_ratios=[3, 2, 2])
-    _draw_loss(loss, log)
-    _draw_speed(speed, log)
+    window = max(1, steps // 30)  # steps to average over
+    _draw_loss(loss, log, by_rank, window)
+    _draw_speed(speed, log, by_rank, window)
     _draw_accuracy(accuracy, events)
     _mark_restarts([loss, speed], events)
-    title = f"{Path(folder).resolve().name}: {ranks} rank{'s' if ranks > 1 else ''}"
-    figure.suptitle(f"{title}, {log['step'].nunique():,} steps")
+    ranks = f"{len(by_rank)} rank{'s' if len(by_rank) > 1 else ''}"
+    figure.suptitle(f"{Path(folder).resolve().name}: {ranks}, {steps:,} steps")
     _legend(figure, loss)
     return figure
 
@@ -88,44 +79,33 @@ def global_mean(log: "pd.DataFrame") -> "pd.Series":
     return pd.Series(total / images, index=step_numbers)
 
 
-def _draw_loss(axes: "Axes", log: "pd.DataFrame") -> None:
-    window = _window(log)
-    by_rank = _by_rank(log)
+def _draw_loss(axes: "Axes", log: "pd.DataFrame", by_rank: "dict[int, pd.DataFrame]", window: int) -> None:
     for rank, rows in by_rank.items():
         _rank_line(axes, rank, rows["loss"], _smooth(rows["loss"], window), len(by_rank))
     if len(by_rank) > 1:
         mean = _smooth(global_mean(log), window)
         axes.plot(mean.index, mean, color="black", linewidth=1.3, label="mean of all images")
-    axes.set(xlabel="step (one global batch)", ylabel="training loss (nats per image)")
     faint = ", single steps faint" if len(by_rank) <= _MANY_RANKS else ""
     note = f", mean over {window} steps{faint}" if window > 1 else ""
-    axes.set_title(f"Loss of each rank{note}", fontsize="medium")
-    _whole_ticks(axes)
+    _label(axes, f"Loss of each rank{note}", "step (one global batch)", "training loss (nats per image)")
 
 
-def _draw_speed(axes: "Axes", log: "pd.DataFrame") -> None:
-    window = _window(log)
-    by_rank = _by_rank(log)
+def _draw_speed(axes: "Axes", log: "pd.DataFrame", by_rank: "dict[int, pd.DataFrame]", window: int) -> None:
     for rank, rows in by_rank.items():
         # Images of the whole window over its seconds: a mean of speeds would favour the fast steps.
         smooth = _smooth(rows["samples"], window) / _smooth(rows["step_s"], window)
         _rank_line(axes, rank, rows["samples"] / rows["step_s"], smooth, len(by_rank))
-    axes.set(xlabel="step (one global batch)", ylabel="images/s of one rank")
     axes.set_ylim(0, axes.get_ylim()[1])
     by_step = log.groupby("step")
     all_ranks = (by_step["samples"].sum() / by_step["step_s"].max()).median()
-    axes.set_title(
-        f"Throughput of each rank; all together {all_ranks:,.0f} images/s (median)",
-        fontsize="medium",
-    )
-    _whole_ticks(axes)
+    title = f"Throughput of each rank; all together {all_ranks:,.0f} images/s (median)"
+    _label(axes, title, "step (one global batch)", "images/s of one rank")
 
 
 def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.set(xlabel="epochs trained", ylabel="test accuracy (%)")
-    axes.set_title("Accuracy on the test images", fontsize="medium")
+    _label(axes, "Accuracy on the test images", "epochs trained", "test accuracy (%)")
     epoch_ends = events[events["event"] == "epoch"]
     if epoch_ends.empty:
         axes.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=axes.transAxes)
@@ -135,22 +115,13 @@ def _draw_accuracy(axes: "Axes", events: "pd.DataFrame") -> None:
     epochs, values = [*(epoch_ends["epoch"] + 1)], [*epoch_ends["test_accuracy"]]
     # Not clipped, so that a marker at 100 %, on the panel's edge, is drawn whole.
     axes.plot(epochs, values, "ko-", markersize=5, clip_on=False)
-    for index in range(len(epochs)) if len(epochs) <= 20 else [len(epochs) - 1]:
-        axes.annotate(
-            f"{values[index]:.1%}",
-            (epochs[index], values[index]),
-            xytext=(3, -14),
-            textcoords="offset points",
-        )
+    points = list(zip(epochs, values, strict=True))
+    for epoch, value in points if len(points) <= 20 else points[-1:]:
+        axes.annotate(f"{value:.1%}", (epoch, value), xytext=(3, -14), textcoords="offset points")
     axes.set_xlim(min(epochs) - 0.3, max(epochs) + 0.5)
     axes.margins(y=0.2)
     axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
-    _whole_ticks(axes)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-
-
-def _by_rank(log: "pd.DataFrame") -> "dict[int, pd.DataFrame]":
-    return {rank: log[log["rank"] == rank].set_index("step") for rank in set(log["rank"])}
 
 
 def _rank_line(axes: "Axes", rank: int, raw: "pd.Series", smooth: "pd.Series", ranks: int) -> None:
@@ -158,25 +129,18 @@ def _rank_line(axes: "Axes", rank: int, raw: "pd.Series", smooth: "pd.Series", r
     few = ranks <= _MANY_RANKS
     if few:
         axes.plot(raw.index, raw, color=color, linewidth=0.7, alpha=0.3)
-    axes.plot(
-        smooth.index,
-        smooth,
-        color=color,
-        linestyle=style,
-        linewidth=1.8 if few else 0.8,
-        marker="o" if len(smooth) == 1 else "",  # a single point would not show as a line
-        label=f"rank {rank}",
-    )
+    marker = "o" if len(smooth) == 1 else ""  # a single point would not show as a line
+    width, label = 1.8 if few else 0.8, f"rank {rank}"
+    axes.plot(smooth.index, smooth, color=color, linestyle=style, linewidth=width, marker=marker, label=label)
 
 
 def _mark_restarts(panels: "list[Axes]", events: "pd.DataFrame") -> None:
-    starts = events[(events["event"] == "start") & (events["rank"] == events["rank"].min())]
-    restarts = starts[starts["start"] > 0]
-    if not restarts.empty:
+    of_one_rank = events["rank"] == events["rank"].min()
+    restarts = events[of_one_rank & (events["event"] == "start") & (events["start"] > 0)]
+    for number, step in enumerate(restarts.get("step", [])):  # no column if there is no event
         for axes in panels:
-            for number, step in enumerate(restarts["step"]):
-                label = "restart" if number == 0 else None
-                axes.axvline(step, color="0.35", linestyle="--", linewidth=1, label=label)
+            label = "restart" if number == 0 else None
+            axes.axvline(step, color="0.35", linestyle="--", linewidth=1, label=label)
 
 
 def _legend(figure: "Figure", axes: "Axes") -> None:
@@ -187,23 +151,16 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
     others = lines[len(ranks) :]
     if hidden := len(ranks[_LEGEND_RANKS:]):
         others = [Line2D([], [], linestyle="none", label=f"and {hidden} more ranks"), *others]
-    figure.legend(
-        handles=ranks[:_LEGEND_RANKS] + others,
-        loc="outside lower center",
-        ncols=5,
-        handlelength=3.5,
-    )
+    handles = ranks[:_LEGEND_RANKS] + others
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, handlelength=3.5)
 
 
-def _whole_ticks(axes: "Axes") -> None:
+def _label(axes: "Axes", title: str, x: str, y: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _window(log: "pd.DataFrame") -> int:
-    """The number of steps to average over: a thirtieth of the run."""
-    return max(1, log["step"].nunique() // 30)
 
 
 def _smooth(values: "pd.Series", window: int) -> "pd.Series":

@@ -17,43 +17,30 @@ import torch.distributed as dist
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 
-DEFAULT_BUCKET_BYTES = 25 * 2**20  # DDP's bucket_cap_mb
-
 
 @dataclass(frozen=True)
 class Link:
-    """The link between two neighbouring ranks.
-
-    latency_s: alpha, seconds per message; bytes_per_s: 1 / beta.
-    """
+    """A link between neighbouring ranks. latency_s: alpha, seconds per message; bytes_per_s: 1 / beta."""
 
     latency_s: float
     bytes_per_s: float
 
     def all_reduce_s(self, nbytes: float, ranks: int) -> float:
         """Seconds that a ring all-reduce of `nbytes` bytes takes; 0 for one rank."""
-        messages = 2 * (ranks - 1)
-        return messages * (self.latency_s + nbytes / ranks / self.bytes_per_s)
+        return 2 * (ranks - 1) * (self.latency_s + nbytes / ranks / self.bytes_per_s)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A rank's training step, without the time that it waits for others. Seconds and bytes.
+    """A rank's training step, without the time that it waits for others. Seconds and bytes."""
 
-    compute_s: forward, backward and optimizer together; backward_s: the part of compute_s that is
-    the (last) backward, during which gradients can be sent; gradient_bytes: all gradients together.
-    """
-
-    compute_s: float
-    backward_s: float
-    gradient_bytes: int
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    compute_s: float  # forward, backward and optimizer together
+    backward_s: float  # the part that is the (last) backward, during which gradients can be sent
+    gradient_bytes: int  # all gradients together
+    bucket_bytes: int = 25 * 2**20  # DDP's bucket_cap_mb
 
     def divided(self, ranks: int) -> "Step":
-        """This step with its batch divided among `ranks` ranks (strong scaling).
-
-        The computing time is assumed to shrink in proportion.
-        """
+        """This step with its batch divided among `ranks` ranks (strong scaling), its time in proportion."""
         return replace(self, compute_s=self.compute_s / ranks, backward_s=self.backward_s / ranks)
 
     def accumulated(self, parts: int) -> "Step":
@@ -64,9 +51,8 @@ class Step:
 def predict_step_s(step: Step, link: Link, ranks: int, overlap: bool = True) -> float:
     """Seconds that the step takes on `ranks` ranks.
 
-    Gradients are assumed to become ready at a constant rate during backward. A bucket is sent as
-    soon as it is full and the bucket before it has arrived. Without `overlap`, all buckets are sent
-    after backward.
+    Gradients are assumed to become ready at a constant rate during backward. A bucket is sent as soon as it
+    is full and the bucket before it has arrived. Without `overlap`, all buckets are sent after backward.
     """
     if ranks == 1:
         return step.compute_s
@@ -81,10 +67,8 @@ def predict_step_s(step: Step, link: Link, ranks: int, overlap: bool = True) -> 
 
 
 def efficiency(step: Step, link: Link, ranks: int) -> float:
-    """Images/s of `ranks` ranks, divided by `ranks` times the images/s of one rank: 0 to 1.
-
-    Each rank has the same batch (weak scaling).
-    """
+    """Images/s of `ranks` ranks, divided by `ranks` times the images/s of one rank: 0 to 1. Each rank has the
+    same batch (weak scaling)."""
     return step.compute_s / predict_step_s(step, link, ranks)
 
 
@@ -98,10 +82,8 @@ def fit_link(runs: Mapping[int, Sequence[float]], ranks: int) -> Link:
     if ranks < 2 or len(runs) < 2:
         raise UserError(f"{len(runs)} size(s) on {ranks} rank(s) fix no line: measure 2 or more on 2 or more")
     sizes = torch.tensor(list(runs), dtype=torch.float64)
-    medians = [statistics.median(times) for times in runs.values()]
-    times = torch.tensor(medians, dtype=torch.float64)
-    messages = 2 * (ranks - 1)
-    columns = messages * torch.stack([torch.ones_like(sizes), sizes / ranks], dim=1)
+    times = torch.tensor([statistics.median(seconds) for seconds in runs.values()], dtype=torch.float64)
+    columns = 2 * (ranks - 1) * torch.stack([torch.ones_like(sizes), sizes / ranks], dim=1)
     relative = columns / times[:, None]
     ones = torch.ones(len(sizes), 1, dtype=torch.float64)
     alpha, beta = torch.linalg.lstsq(relative, ones).solution[:, 0].tolist()

@@ -1,47 +1,46 @@
 """A run's log: one JSON line per step and rank, written so that a kill loses at most the last line.
 
-rank<R>.jsonl holds step lines, which have no "event", and event lines: "start" (each time the run
-starts or resumes), "epoch", "checkpoint", "end". Numbers that JSON lacks are written as Python's json
-module does: NaN, Infinity, -Infinity.
+rank<R>.jsonl holds step lines, which have no "event", and event lines: "start" (each time the run starts or
+resumes), "epoch", "checkpoint", "end". Numbers that JSON lacks are written as Python's json module does: NaN,
+Infinity, -Infinity.
 """
 
+import errno
 import json
 import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, name_disk_errors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_WHOLE = ("rank", "start", "epoch", "step", "samples")
-_REAL = ("loss", "lr", "data_s", "compute_s", "step_s", "time")
-# Of a log: its rank, its number of starts, its bytes. A list, since it is sent as JSON.
-LogSize = list[int]
-_IN_STEP_LINE = frozenset(_WHOLE[2:] + _REAL)
+# Columns of the table of steps.
+_COLUMNS = {
+    **dict.fromkeys(("rank", "start", "epoch", "step", "samples"), "int64"),
+    **dict.fromkeys(("loss", "lr", "data_s", "compute_s", "step_s", "time"), "float64"),
+}
+LogSize = list[int]  # of a log: its rank, number of starts, bytes; a list, since it is sent as JSON
 
 
-class RunLog:
-    """Appends to `folder`/rank<R>.jsonl. Each line is a single unbuffered write: it survives a kill of
-    the process, and costs some 10 microseconds."""
+class RunLog(AbstractContextManager["RunLog"]):
+    """Appends to `folder`/rank<R>.jsonl. Each line is a single unbuffered write: it survives a kill of the
+    process, and costs some 10 microseconds."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = path = log_path(folder, rank)
-        self.rank = rank
-        self._earlier_starts = 0
-        half_line = False
-        if path.exists():
-            self._earlier_starts = sum(line.get("event") == "start" for line in _lines(path))
-            half_line = _ends_in_half_line(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        if half_line:
-            self._file.write(b"\n")
+        self.path, self.rank = log_path(folder, rank), rank
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        self._earlier_starts = sum(line.get("event") == "start" for line in _lines(self.path))
+        if self._file.tell() > 0:
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a half line, which a kill or a full disk left
+                self._file.write(b"\n")
 
     def start(self, **fields: Any) -> None:
         """The first line of every start; numbers the starts of this rank from 0."""
@@ -55,22 +54,12 @@ class RunLog:
     def write(self, **fields: Any) -> None:
         """Writes a line of plain values (numbers, strings, lists). UserError if the disk refuses."""
         line = json.dumps(fields).encode() + b"\n"
-        try:
-            # A disk that fills up accepts part of the line, and refuses only the next.
-            why = None if self._file.write(line) == len(line) else "No space left on device"
-        except OSError as error:
-            why = error.strerror
-        if why:
-            raise UserError(
-                f"cannot write {self.path} ({why}): free or unlock the disk and start again; the "
-                "same command goes on from the last checkpoint"
-            )
+        with name_disk_errors(self.path, "the same command goes on from the last checkpoint"):
+            if self._file.write(line) < len(line):  # a disk that fills up refuses only the next line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -79,24 +68,18 @@ class RunLog:
 def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     """All steps of all ranks as a table, sorted by rank and step.
 
-    Columns: rank, start, epoch, step, samples (integers); loss, lr, data_s, compute_s, step_s, time
-    (floats, seconds; time is Unix time). A resumed run repeats the steps after its checkpoint, so the
-    table has only the last row of each rank and step. `superseded` keeps the earlier rows too, marked
-    in a column `superseded`. Skips half-written lines. UserError if `folder` holds no log.
+    Columns: rank, start, epoch, step, samples (integers); loss, lr, data_s, compute_s, step_s, time (floats,
+    seconds; time is Unix time). A resumed run repeats the steps after its checkpoint, so the table has only
+    the last row of each rank and step. `superseded` keeps the earlier rows too, marked in a column
+    `superseded`. Skips half-written lines. UserError if `folder` holds no log.
     """
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
-    restarts: list[dict[str, Any]] = []  # rank 0's
-    for line in _numbered_lines(folder):
-        if line.get("event") == "start" and line["rank"] == 0:
-            restarts.append(line)
-        elif "event" not in line and line.keys() >= _IN_STEP_LINE:
-            rows.append({name: line[name] for name in _WHOLE + _REAL})
-    table = pd.DataFrame(rows, columns=list(_WHOLE + _REAL))
-    table = table.astype({**dict.fromkeys(_WHOLE, "int64"), **dict.fromkeys(_REAL, "float64")})
+    lines = list(_numbered_lines(folder))
+    steps = [line for line in lines if "event" not in line and line.keys() >= _COLUMNS.keys()]
+    table = pd.DataFrame(steps, columns=list(_COLUMNS)).astype(_COLUMNS)
     old = table.duplicated(["rank", "step"], keep="last")
-    for restart in restarts:
+    for restart in (line for line in lines if line.get("event") == "start" and line["rank"] == 0):
         # Resumed on fewer ranks: the ranks that are gone cannot repeat their steps.
         gone = table["rank"] >= restart.get("world_size", float("inf"))
         old |= gone & (table["step"] >= restart.get("step", 0)) & (table["time"] < restart["time"])
@@ -104,14 +87,13 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     table = table.sort_values(["rank", "step", "start"], kind="stable", ignore_index=True)
     if superseded:
         return table
-    kept = table[~table["superseded"]]
-    return kept.drop(columns="superseded").reset_index(drop=True)
+    return table[~table["superseded"]].drop(columns="superseded").reset_index(drop=True)
 
 
 def read_events(folder: str | Path) -> "pd.DataFrame":
-    """All events of all ranks as a table: columns event, rank, start (which start of this rank) and
-    every field that any event has, NaN if an event lacks it. Sorted by rank, in written order.
-    UserError if `folder` holds no log."""
+    """All events of all ranks as a table: columns event, rank, start (which start of this rank) and every
+    field that any event has, NaN if an event lacks it. Sorted by rank, in written order. UserError if
+    `folder` holds no log."""
     import pandas as pd
 
     events = [line for line in _numbered_lines(folder) if "event" in line]
@@ -133,10 +115,8 @@ def logs_in(folder: str | Path) -> dict[int, Path]:
 
 def log_sizes(folder: Path) -> list[LogSize]:
     """The sizes of the logs in `folder`, to compare with other machines."""
-    return [
-        [rank, path.read_bytes().count(b'"event": "start"'), path.stat().st_size]
-        for rank, path in logs_in(folder).items()
-    ]
+    logs = ((rank, path.read_bytes()) for rank, path in logs_in(folder).items())
+    return [[rank, log.count(b'"event": "start"'), len(log)] for rank, log in logs]
 
 
 def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -153,21 +133,11 @@ def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:
             yield {**line, "rank": rank, "start": start}
 
 
-def _ends_in_half_line(path: Path) -> bool:
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file; skips lines that a kill or a full disk left half-written."""
     with open(path, "rb") as file:
         for text in file:
-            try:
+            with suppress(ValueError):  # also raised for bytes that are not UTF-8
                 line = json.loads(text)
-            except ValueError:  # also raised for bytes that are not UTF-8
-                continue
-            if isinstance(line, dict):
-                yield line
+                if isinstance(line, dict):
+                    yield line

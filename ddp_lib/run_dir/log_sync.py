@@ -1,14 +1,14 @@
 """The logs of all ranks in the master's folder, also if the machines share no disk.
 
-Each rank writes its own log on its own machine. Logs only grow, so a copy is always the beginning of
-its original, and the longer of two copies is newer.
+Each rank writes its own log on its own machine. Logs only grow, so a copy is always the beginning of its
+original, and the longer of two copies is newer.
 """
 
 from pathlib import Path
 
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
-from ddp_lib.errors import UserError
+from ddp_lib.errors import name_disk_errors
 from ddp_lib.run_dir.checkpoint import write_atomic
 from ddp_lib.run_dir.log import LogSize, log_path
 
@@ -17,12 +17,12 @@ def copy_newest_logs(folder: Path, world: World, writers: list[int], sizes: list
     """Copies each log to the master and to the machine that continues it, before logs are opened.
 
     writers: each rank's writer. sizes: `log_sizes` of each writer's folder, [] for other ranks. All ranks
-    call it with the same lists. Needed since ranks may have changed machines since the last start, and
-    a killed job did not send its last lines.
+    call it with the same lists. Needed since ranks may have changed machines since the last start, and a
+    killed job did not send its last lines.
     """
     held = [{rank: (starts, size) for rank, starts, size in logs} for logs in sizes]
-    for log in sorted({log for logs in held for log in logs}):
-        best = max(range(len(held)), key=lambda rank: (held[rank].get(log, (0, 0)), -rank))
+    for log in sorted(set().union(*held)):
+        best = max(range(len(held)), key=lambda rank: held[rank].get(log, (0, 0)))
         need = {writers[0], *writers[log : log + 1]}
         need = {rank for rank in need if held[rank].get(log) != held[best][log]}
         if need:
@@ -37,12 +37,14 @@ class LogSync:
 
     def __init__(self, folder: Path, world: World, writers: list[int]) -> None:
         self.folder, self.world = folder, world
-        self.is_far = writers[world.rank] != writers[0]
+        self.is_shared, self.is_far = len(set(writers)) == 1, writers[world.rank] != writers[0]
         path = log_path(folder, world.rank)
         self.sent = path.stat().st_size if path.exists() else 0
 
     def send(self) -> None:
         """All ranks call it. UserError if the master's disk refuses."""
+        if self.is_shared:
+            return
         new = b""
         if self.is_far:
             with open(log_path(self.folder, self.world.rank), "rb") as file:
@@ -50,13 +52,7 @@ class LogSync:
                 new = file.read()
             self.sent += len(new)
         for rank, piece in enumerate(gather_bytes(self.world, new)):
-            path = log_path(self.folder, rank)
-            try:
-                if piece:
-                    with open(path, "ab") as file:
-                        file.write(piece)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {path} ({error.strerror}): free or unlock the disk and start "
-                    "again; the log is whole on its own machine"
-                ) from None
+            if piece:
+                path = log_path(self.folder, rank)
+                with name_disk_errors(path, "the log is whole on its own machine"), open(path, "ab") as file:
+                    file.write(piece)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -36,24 +37,14 @@ SIGNATURE = ".job"  # names the job that has the folder, and the rank that write
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run.
+    """An opened run."""
 
-    folder: this machine's copy. is_writer: whether this rank writes the checkpoint there. began: when
-    the run first started (Unix time), its identity. resumed: the checkpoint to continue from. finished:
-    the summary, if nothing is left to do. log_sync: None if all machines share the folder.
-    """
-
-    folder: Path
-    is_writer: bool
-    began: float
-    resumed: dict[str, Any] | None
-    finished: dict[str, Any] | None
-    log_sync: LogSync | None
-
-    def sync_logs(self) -> None:
-        """Brings the master's copies of all ranks' logs up to date; all ranks call it."""
-        if self.log_sync is not None:
-            self.log_sync.send()
+    folder: Path  # this machine's copy
+    is_writer: bool  # whether this rank writes the checkpoint there
+    began: float  # when the run first started (Unix time), its identity
+    resumed: dict[str, Any] | None  # the checkpoint to continue from
+    finished: dict[str, Any] | None  # the summary, if nothing is left to do
+    log_sync: LogSync  # brings the master's copies of all ranks' logs up to date
 
 
 @contextmanager
@@ -81,10 +72,8 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
             move_aside(folder, world, "of an earlier run than another machine's")
         copies = [Copy(copy.host) if copy.is_older_than(began) else copy for copy in copies]
         source = newest_checkpoint(copies, config)
-        log_sync = None
-        if any(writer != writers[0] for writer in writers):
-            copy_newest_logs(folder, world, writers, [copy.logs for copy in copies])
-            log_sync = LogSync(folder, world, writers)
+        copy_newest_logs(folder, world, writers, [copy.logs for copy in copies])
+        log_sync = LogSync(folder, world, writers)
         resumed = finished = None
         if source is not None:
             finished = copies[0].summary if copies[source].step >= total_steps else None
@@ -97,8 +86,7 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
 
             def write() -> None:
                 described = {**asdict(config), "versions": world.versions, "began": began}
-                text = json.dumps(described, indent=2) + "\n"
-                checkpoint.write_atomic(folder / CONFIG, text.encode())
+                checkpoint.write_atomic(folder / CONFIG, f"{json.dumps(described, indent=2)}\n".encode())
                 if resumed and copies[world.rank].step < resumed["step"]:
                     checkpoint.save(folder, payload)
 
@@ -111,18 +99,14 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
 
 @dataclass(frozen=True)
 class Copy:
-    """What a machine's copy of the folder holds, sent by its writer; other ranks send an empty Copy.
-
-    began: when the run first started, Unix time (0: not known). step: of the newest undamaged checkpoint
-    (-1: none). damage: what is wrong with a checkpoint. summary: of a finished run.
-    """
+    """What a machine's copy of the folder holds, sent by its writer; other ranks send an empty Copy."""
 
     host: str
-    began: float = 0.0
-    step: int = -1
-    damage: str = ""
+    began: float = 0.0  # when the run first started, Unix time (0: not known)
+    step: int = -1  # of the newest undamaged checkpoint (-1: none)
+    damage: str = ""  # what is wrong with a checkpoint
     logs: list[LogSize] = field(default_factory=list)
-    summary: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None  # of a finished run
 
     def is_older_than(self, began: float) -> bool:
         """Whether this is left over from a run earlier than the run that began at `began`."""
@@ -131,40 +115,37 @@ class Copy:
 
 def inspect(folder: Path, config: TrainConfig, world: World) -> tuple[bytes, Copy]:
     """The bytes of this folder's newest undamaged checkpoint (empty if none), and what else it holds.
-
-    UserError if the checkpoint has another configuration.
-    """
+    UserError if the checkpoint has another configuration."""
     host = socket.gethostname()
-    checkpoint.clean(folder)
+    for half_written in folder.glob(".*.tmp"):  # by processes that were killed
+        half_written.unlink(missing_ok=True)
     if config.resume == "never":
         move_aside(folder, world, "--resume never")
         return b"", Copy(host)
-    payload, step, began, damage = None, -1, _read_began(folder), ""
+    payload, step, began, damage, summary = None, -1, 0.0, "", None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        began = float(json.loads((folder / CONFIG).read_text())["began"])
     try:
         payload = checkpoint.find(folder, lambda line: world.say(line, True))
     except UserError as error:
         damage = str(error)  # not raised yet: another machine may have an undamaged checkpoint
     if payload is not None:
         state = checkpoint.from_bytes(payload)
-        differences = config.differences(state["config"])
-        if differences:
+        if differences := config.differences(state["config"]):
             raise UserError(
                 f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                 "name another --run-dir, give the same flags, or --resume never to start again"
             )
         began, step = state.get("began", began), state["step"]
-    summary = None
     if (folder / SUMMARY).exists() and (folder / WEIGHTS).exists():
         summary = json.loads((folder / SUMMARY).read_text())
     return payload or b"", Copy(host, began, step, damage, log_sizes(folder), summary)
 
 
 def newest_checkpoint(copies: list[Copy], config: TrainConfig) -> int | None:
-    """The rank with the newest checkpoint, the lowest such rank; None: a fresh start.
-
-    `copies` are of one run. UserError if all are damaged, or if --resume must finds no checkpoint.
-    """
-    rank = max(range(len(copies)), key=lambda rank: (copies[rank].step, -rank))
+    """The rank with the newest checkpoint, the lowest such rank; None: a fresh start. `copies` are of one
+    run. UserError if all are damaged, or if --resume must finds no checkpoint."""
+    rank = max(range(len(copies)), key=lambda rank: copies[rank].step)
     if copies[rank].step >= 0:
         return rank
     for copy in copies:
@@ -178,39 +159,26 @@ def newest_checkpoint(copies: list[Copy], config: TrainConfig) -> int | None:
 
 
 def move_aside(folder: Path, world: World, why: str) -> None:
-    target = checkpoint.move_aside(folder)
-    if target is not None:
+    if target := checkpoint.move_aside(folder):
         world.say(f"{why}: what {folder} held is now in {target}", every_node=True)
 
 
 def write_results(folder: Path, weights: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:
     """Writes the model before the summary, so that a run with a summary has its model too."""
     checkpoint.write_atomic(folder / WEIGHTS, checkpoint.to_bytes(weights))
-    text = json.dumps(summary, indent=2) + "\n"
-    checkpoint.write_atomic(folder / SUMMARY, text.encode())
+    checkpoint.write_atomic(folder / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
 
 
 def warn_if_in_container(folder: Path, world: World) -> None:
     """Rank 0 warns if the run's folder is inside a container and not on a volume."""
-    if world.is_main and CONTAINER in os.environ and not _on_a_mount(folder):
+    if not world.is_main or CONTAINER not in os.environ:
+        return
+    mounts = {Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)}
+    if not mounts & {folder, *folder.parents} - {Path("/")}:
         world.say(
             f"{folder} lies inside this container: with --rm the model will be lost; "
             f"keep it with -v FOLDER_OF_YOURS:{folder.parent}"
         )
-
-
-def _on_a_mount(folder: Path) -> bool:
-    import psutil
-
-    mounts = {Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)}
-    return bool(mounts & {folder, *folder.parents} - {Path("/")})
-
-
-def _read_began(folder: Path) -> float:
-    try:
-        return float(json.loads((folder / CONFIG).read_text())["began"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
 
 
 def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> list[int]:
@@ -223,11 +191,14 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
 
     UserError, on every rank, if another job has the folder on any machine, or if it is not writable.
     """
+    in_use = UserError(
+        f"--run-dir {str(folder)!r} is in use by another job: wait for it, or name another folder"
+    )
 
     def sign_first() -> str:
         job = uuid4().hex
         if not _try_lock(folder, stack, f"{job} 0"):
-            raise _in_use(folder)
+            raise in_use
         return job
 
     job = broadcast_result(world, "job", sign_first, timeout_s)
@@ -237,12 +208,12 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
             _try_lock(folder, stack, f"{job} {world.rank}")
 
     def read_writer() -> int:
-        try:
-            signed_by, _, rank = (folder / SIGNATURE).read_text().partition(" ")
-        except OSError:
-            raise _in_use(folder) from None
+        signature = ""
+        with suppress(OSError):
+            signature = (folder / SIGNATURE).read_text()
+        signed_by, _, rank = signature.partition(" ")
         if signed_by != job:
-            raise _in_use(folder)
+            raise in_use
         return int(rank)
 
     all_gather_results(world, "lock", sign, timeout_s)
@@ -251,34 +222,24 @@ def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float)
 
 def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
     """Whether this process now has the folder, which is created if missing."""
+    path = folder / SIGNATURE
+
+    def remove() -> None:
+        with suppress(OSError):  # the disk may be read-only now; the next job overwrites the file
+            path.unlink()
+
+    problem, cure = "made", ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--run-dir {str(folder)!r} cannot be made ({error.strerror}): name a folder that this "
-            "user can write"
-        ) from None
-    try:
+        problem, cure = "written", "free the disk, or "
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
-        path = folder / SIGNATURE
         path.write_text(signature)
-        stack.callback(_remove, path)
+        stack.callback(remove)
     except Timeout:
         return False
     except OSError as error:
         raise UserError(
-            f"--run-dir {str(folder)!r} cannot be written ({error.strerror}): free the disk, or name "
-            "a folder that this user can write"
+            f"--run-dir {str(folder)!r} cannot be {problem} ({error.strerror}): {cure}name a folder that "
+            "this user can write"
         ) from None
     return True
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # the disk may be read-only now; the next job overwrites the file
-        path.unlink()
-
-
-def _in_use(folder: Path) -> UserError:
-    return UserError(
-        f"--run-dir {str(folder)!r} is in use by another job: wait for it, or name another folder"
-    )
