@@ -270,7 +270,7 @@ def run(config: TrainConfig) -> int:
             join_timeout_s=config.join_timeout_s,
             timeout_s=config.timeout_s,
         ) as world,
-        outcome.reported_first(world.store_group),
+        outcome.reported_first(world.store_group.published_error),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
