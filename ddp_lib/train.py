@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,39 +31,21 @@ from ddp_lib.processes.forkserver import become_rank
 from ddp_lib.processes.signals import StopSignal
 from ddp_lib.run_dir import checkpoint
 from ddp_lib.run_dir.log import RunLog
-from ddp_lib.run_dir.resume import Run, open_run, write_results
-from ddp_lib.training.ddp import (
-    copy_state,
-    gradient_sync,
-    share_buffers,
-    warm_up,
-    weights_sha256,
-    wrap,
-)
+from ddp_lib.run_dir.resume import open_run, write_results
+from ddp_lib.training.ddp import copy_state, gradient_sync, share_buffers, warm_up, weights_sha256, wrap
 from ddp_lib.training.evaluate import evaluate
 from ddp_lib.training.metrics import EpochMetrics
-from ddp_lib.training.optim import (
-    autocast,
-    dtype_of,
-    make_optimizer,
-    micro_batches,
-    pick_precision,
-    set_learning_rate,
-)
+from ddp_lib.training.optim import autocast, make_optimizer, micro_batches, pick_precision, set_learning_rate
 from ddp_lib.training.progress import Progress
 
 
 def fit(
-    config: TrainConfig,
-    world: World,
-    stop: StopSignal | None = None,
-    data: Dataset | None = None,
+    config: TrainConfig, world: World, stop: StopSignal | None = None, data: Dataset | None = None
 ) -> dict[str, Any]:
     """Trains as `config` says, resuming if its run folder allows it; returns summary.json's content.
 
-    data: used instead of loading config.data.
-    UserError if the configuration cannot run or a loss is not finite. SystemExit(128 + n), after a
-    checkpoint, if `stop` has seen signal n on any rank.
+    data: used instead of loading config.data. UserError if the configuration cannot run or a loss is not
+    finite. SystemExit(128 + n), after a checkpoint, if `stop` has seen signal n on any rank.
     """
     stop = stop or StopSignal()
     share = batch_share(config.global_batch_size, world.world_size, config.accumulate)
@@ -77,15 +60,29 @@ def fit(
             world.say(f"{run.folder} is finished; more --epochs would go on from there")
             return run.finished
         world.say(f"precision {precision} ({why})")
-        data, dtype = data.to_device(world.device), dtype_of(precision)
+        data = data.to_device(world.device)
         model, net, optimizer = make_replica(config, world, data, share, precision, run.resumed)
+        dtype = next(model.parameters()).dtype
         step = int(run.resumed["step"]) if run.resumed else 0
         saved_s = time.monotonic()
 
         def save() -> None:
+            """One rank per disk writes a checkpoint; the others wait for it at the next all-reduce."""
             nonlocal saved_s
-            position = {"step": step, "epoch": step // len(sampler)}
-            save_checkpoint(run, world, config, model, optimizer, position, log)
+            share_buffers(model, world)
+            if run.is_writer:
+                began_s = time.perf_counter()
+                state = {
+                    "model": copy_state(model),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "epoch": step // len(sampler),
+                    "config": asdict(config),
+                    "versions": world.versions,
+                    "began": run.began,
+                }
+                checkpoint.save(run.folder, checkpoint.to_bytes(state))
+                log.write(event="checkpoint", step=step, seconds=time.perf_counter() - began_s)
             saved_s = time.monotonic()
 
         def stop_or_save(signal: int, due: bool) -> None:
@@ -96,10 +93,11 @@ def fit(
             if signal:
                 log.end(step, f"signal {signal}")
                 run.log_sync.send()
-                progress.say_once(
-                    f"stopped by signal {signal} at step {step} of {total_steps}; "
-                    "the same command goes on from here"
-                )
+                if world.is_main:
+                    progress.say(
+                        f"stopped by signal {signal} at step {step} of {total_steps}; "
+                        "the same command goes on from here"
+                    )
                 raise SystemExit(128 + signal)
 
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
@@ -169,27 +167,16 @@ def fit(
 
 def load_same_data(config: TrainConfig, precision: str, world: World, data: Dataset | None) -> Dataset:
     """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
-    equal = {
-        "--" + name.replace("_", "-"): value
-        for name, value in asdict(config).items()
-        if name not in PER_MACHINE
-    }
+    settings = {name: value for name, value in asdict(config).items() if name not in PER_MACHINE}
+    equal = {"--" + name.replace("_", "-"): value for name, value in settings.items()}
     # auto may mean bf16 on one machine and fp32 on another.
     equal[f"--precision {config.precision}, which here"] = precision
     compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
-        data = load_dataset(
-            config.data,
-            config.data_dir,
-            config.data_timeout_s,
-            log=lambda text: world.say(text, every_node=True),
-        )
-    images = {
-        "the number of training images": len(data.train),
-        "the digest of the data": data.digest[:16],
-    }
-    cure = "copy the same data to every machine"
-    compare(world, "data", images, cure, config.data_timeout_s)
+        say = partial(world.say, every_node=True)
+        data = load_dataset(config.data, config.data_dir, config.data_timeout_s, log=say)
+    images = {"the number of training images": len(data.train), "the digest of the data": data.digest[:16]}
+    compare(world, "data", images, "copy the same data to every machine", config.data_timeout_s)
     return data
 
 
@@ -207,7 +194,8 @@ def make_replica(
     model = build_model(config.model, len(data.classes))
     if config.init_from:
         checkpoint.load_weights(config.init_from, model)
-    dtype = dtype_of(precision)
+    # The type of parameters, batches and losses; only autocast uses bf16.
+    dtype = torch.float64 if precision == "fp64" else torch.float32
     model.to(world.device, dtype).to(memory_format=torch.channels_last)
     if config.compile:
         model.compile()
@@ -231,32 +219,6 @@ def make_replica(
     return model, net, optimizer
 
 
-def save_checkpoint(
-    run: Run,
-    world: World,
-    config: TrainConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    position: dict[str, int],
-    log: RunLog,
-) -> None:
-    """One rank per disk writes a checkpoint; the others wait for it at the next all-reduce."""
-    share_buffers(model, world)
-    if run.is_writer:
-        began = time.perf_counter()
-        state = {
-            "model": copy_state(model),
-            "optimizer": optimizer.state_dict(),
-            **position,
-            "config": asdict(config),
-            "versions": world.versions,
-            "began": run.began,
-        }
-        checkpoint.save(run.folder, checkpoint.to_bytes(state))
-        seconds = time.perf_counter() - began
-        log.write(event="checkpoint", step=position["step"], seconds=seconds)
-
-
 def run(config: TrainConfig) -> int:
     """Trains as a rank in this process; returns the exit status.
 
@@ -266,11 +228,9 @@ def run(config: TrainConfig) -> int:
         as_exit_status() as outcome,
         StopSignal() as stop,
         World.join(
-            backend=config.backend,
-            join_timeout_s=config.join_timeout_s,
-            timeout_s=config.timeout_s,
+            backend=config.backend, join_timeout_s=config.join_timeout_s, timeout_s=config.timeout_s
         ) as world,
-        outcome.reported_first(world.store_group),
+        outcome.reported_first(world.store_group.published_error),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()

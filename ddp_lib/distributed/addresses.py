@@ -1,13 +1,14 @@
 """Addresses, ports and interfaces: what must be right before ranks can meet.
 
-torch resolves the machine's own name. That is often wrong: Debian's installer makes it 127.0.1.1, and
-in containers it may not resolve. The address on the route to the master works.
+torch resolves the machine's own name. That is often wrong: Debian's installer makes it 127.0.1.1, and in
+containers it may not resolve. The address on the route to the master works.
 """
 
 import os
 import socket
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -20,30 +21,24 @@ _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the machines meet; `flag` is the variable or flag that named it."""
+    """Where the machines meet; `flag` named it, or else MASTER_ADDR and MASTER_PORT did."""
 
     host: str
     port: int
-    flag: str = "MASTER_ADDR"
+    flag: str = ""
 
     def __str__(self) -> str:
-        if self.flag == "MASTER_ADDR":
-            return f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
-        return f"{self.flag} {join_host(self.host, self.port)}"
+        if self.flag:
+            return f"{self.flag} {join_host(self.host, self.port)}"
+        return f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
 
     @property
     def host_name(self) -> str:
-        return (
-            f"MASTER_ADDR={self.host!r}"
-            if self.flag == "MASTER_ADDR"
-            else (f"{self.flag}'s host {self.host!r}")
-        )
+        return f"{self.flag}'s host {self.host!r}" if self.flag else f"MASTER_ADDR={self.host!r}"
 
     @property
     def port_name(self) -> str:
-        return (
-            f"MASTER_PORT={self.port}" if self.flag == "MASTER_ADDR" else (f"{self.flag}'s port {self.port}")
-        )
+        return f"{self.flag}'s port {self.port}" if self.flag else f"MASTER_PORT={self.port}"
 
 
 def join_host(host: str, port: int) -> str:
@@ -52,10 +47,9 @@ def join_host(host: str, port: int) -> str:
 
 def port_number(name: str, text: str) -> int:
     """The TCP port in `text`; `name` is the variable or flag that held it."""
-    try:
+    port = 0
+    with suppress(ValueError):
         port = int(text)
-    except ValueError:
-        port = 0
     if not 1 <= port <= 65535:
         raise UserError(f"{name}={text!r} is not a TCP port: give a number from 1 to 65535, such as 29500")
     return port
@@ -72,12 +66,11 @@ def resolve(host: str, port: int) -> list[str]:
 
 def own_addresses() -> dict[str, str]:
     """Address -> interface name, for every IPv4 and IPv6 address of this machine."""
-    wanted = (socket.AF_INET, socket.AF_INET6)
     return {
         entry.address.partition("%")[0]: name
         for name, entries in psutil.net_if_addrs().items()
         for entry in entries
-        if entry.family in wanted
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
     }
 
 
@@ -95,17 +88,12 @@ def is_loopback(address: str) -> bool:
 
 def outward_addresses() -> list[str]:
     """This machine's addresses at which others may reach it, the default route's first."""
-    addresses = [
-        address
-        for address in own_addresses()
-        if not is_loopback(address) and not address.startswith(("fe80:", "169.254."))
-    ]
+    link_local = ("fe80:", "169.254.")
+    addresses = [a for a in own_addresses() if not is_loopback(a) and not a.startswith(link_local)]
     first = []
     for far in _ELSEWHERE:
-        try:
+        with suppress(OSError):
             first.append(own_address_towards(far, 9))
-        except OSError:
-            continue
     return sorted(addresses, key=lambda address: (address not in first, ":" in address))
 
 
@@ -116,9 +104,9 @@ def endpoint_addresses(endpoint: Endpoint, one_machine: bool) -> list[str]:
     machines meet at its outward address. 127.0.0.1 and localhost are taken literally.
     """
     addresses = resolve(endpoint.host, endpoint.port)
-    outward = [address for address in addresses if not is_loopback(address)]
     if not addresses or one_machine or endpoint.host == "localhost" or is_loopback(endpoint.host):
         return addresses
+    outward = [address for address in addresses if not is_loopback(address)]
     return outward or [*outward_addresses(), *addresses]
 
 
@@ -136,10 +124,8 @@ def own_address(endpoint: Endpoint, one_machine: bool) -> str:
         if address in mine or is_loopback(address):
             return address
     for address in addresses:
-        try:
+        with suppress(OSError):
             return own_address_towards(address, endpoint.port)
-        except OSError:
-            continue
     return ""
 
 

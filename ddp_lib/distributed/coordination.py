@@ -1,16 +1,16 @@
 """What ranks tell each other: plain values over the store, and in each step whether to stop or to save.
 
 Each rank writes its own key in the store. Rank 0 collects them as they come and publishes one answer; the
-others wait for that answer, which may be an error. So the number of operations grows with the number of
-ranks N, not with N * N, and only rank 0's grows at all.
+others wait for that answer, which may be an error. So the number of operations grows with the number of ranks
+N, not with N * N, and only rank 0's grows at all.
 """
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,13 +36,13 @@ _ANSWER_S = 2.0
 class StoreGroup:
     """The ranks of a job as they talk over the store, before and beside the process group.
 
-    rank None: ranks are numbered from 1 as they arrive. hosts_store: the store ends with this process.
-    All ranks make the same calls in the same order. Values are anything JSON holds.
+    rank None: ranks are numbered from 1 as they arrive. hosts_store: the store ends with this process. All
+    ranks make the same calls in the same order. Values are anything JSON holds. `StoreGroup()`: one rank.
     """
 
-    store: dist.Store
-    rank: int | None
-    world_size: int
+    store: dist.Store = field(default_factory=dist.HashStore)
+    rank: int | None = 0
+    world_size: int = 1
     hosts_store: bool = False
     _published: bool = field(default=False, repr=False)
     _calls: int = field(default=0, repr=False)
@@ -66,31 +66,62 @@ class StoreGroup:
         check(rank, value): called on rank 0 as each value arrives. deadline: monotonic time; default:
         timeout_s from now. complete False: at the deadline rank 0 concludes from the values it has.
 
-        UserError, on every rank, if conclude or check raise it on rank 0 or a rank publishes an error
-        instead of a value. At the deadline, a UserError names the ranks that did not come.
+        UserError, on every rank, if conclude or check raise it on rank 0 or a rank publishes an error instead
+        of a value. At the deadline, a UserError names the ranks that did not come.
         """
         if deadline is None:
             deadline = time.monotonic() + timeout_s
-        if self.rank == 0:
-            try:
-                values = self._collect(what, value, timeout_s, deadline, check, complete)
-                answer = conclude(values)
-            except UserError as error:
-                self._publish(str(error))
-                raise
-            return self._answer(answer)
         self._post({"value": value})
-        return self._wait_for_answer(what, timeout_s, deadline if complete else deadline + _ANSWER_S)
+        if self.rank != 0:
+            return self.broadcast(what, None, timeout_s, deadline if complete else deadline + _ANSWER_S)
+        try:
+            values = {0: json.loads(json.dumps(value))}
+            for number in range(1, self.world_size):
+                text = wait_for(self.store, f"{self._key}/{number}", deadline)
+                if text is None and complete:
+                    raise UserError(self._who_is_missing(what, timeout_s))
+                if text is None:
+                    break
+                record = json.loads(text)
+                if "error" in record:
+                    raise PeerError(record["error"])
+                check(record["rank"], record["value"])
+                values[record["rank"]] = record["value"]
+            answer = conclude([values.get(rank) for rank in range(max(values) + 1)])
+        except UserError as error:
+            self._publish(str(error))
+            raise
+        return self.broadcast(what, answer, timeout_s)
 
-    def broadcast(self, what: str, value: Any, timeout_s: float) -> Any:
-        """Rank 0's value, on every rank; the others' is ignored. UserError as in `exchange`."""
+    def broadcast(self, what: str, value: Any, timeout_s: float, deadline: float | None = None) -> Any:
+        """Rank 0's value, on every rank; the others' is ignored. Deadline and UserError as in `exchange`."""
         if self.rank == 0:
-            return self._answer(value)
-        return self._wait_for_answer(what, timeout_s, time.monotonic() + timeout_s)
+            self.store.set(f"{self._key}/answer", json.dumps({"value": value}))
+        deadline = time.monotonic() + timeout_s if deadline is None else deadline
+        text = wait_for(self.store, f"{self._key}/answer", deadline)
+        if text is None:
+            trouble = self._who_is_missing(what, timeout_s)
+            self._publish(trouble)
+            raise UserError(trouble)
+        answer = json.loads(text)
+        if "error" in answer:
+            self.count_as_read()
+            raise PeerError(answer["error"])
+        self._calls += 1
+        return answer["value"]
+
+    @contextmanager
+    def publishing_errors(self) -> Iterator[None]:
+        """Publishes a UserError that leaves the block."""
+        try:
+            yield
+        except UserError as error:
+            self.publish_error(error)
+            raise
 
     def publish_error(self, error: BaseException) -> None:
-        """Tells every rank why this rank leaves. They see it in their current or next call, or, if they
-        lose their connection to this rank, from `published_error`."""
+        """Tells every rank why this rank leaves. They see it in their current or next call, or, if they lose
+        their connection to this rank, from `published_error`."""
         if not isinstance(error, PeerError):
             prefix = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
             self._publish(f"{prefix}{error}")
@@ -105,12 +136,9 @@ class StoreGroup:
 
     def wait_until_read(self) -> None:
         """Makes the store's host wait, at most LINGER_S, until the others have read the last answer."""
-
-        def all_have() -> bool:
-            return self.store.add("read", 0) >= self.store.add("call/0/arrived", 0)
-
+        until = time.monotonic() + LINGER_S
         with suppress(RuntimeError):
-            wait_until_true(all_have, time.monotonic() + LINGER_S)
+            wait_until_true(lambda: self.store.add("read", 0) >= self.store.add("call/0/arrived", 0), until)
 
     def count_as_read(self) -> None:
         """This rank makes no more calls, so the store's host need not wait for it."""
@@ -132,59 +160,16 @@ class StoreGroup:
             # Python waits for this thread before the process ends, and the store with it.
             threading.Thread(target=self.wait_until_read, name="linger").start()
 
-    def _answer(self, value: Any) -> Any:
-        text = json.dumps({"value": value})
-        self.store.set(f"{self._key}/answer", text)
-        self._calls += 1
-        return json.loads(text)["value"]
-
-    def _wait_for_answer(self, what: str, timeout_s: float, deadline: float) -> Any:
-        text = wait_for(self.store, f"{self._key}/answer", deadline)
-        if text is None:
-            error = UserError(self._who_is_missing(what, timeout_s))
-            self._publish(str(error))
-            raise error
-        answer = json.loads(text)
-        if "error" in answer:
-            self.count_as_read()
-            raise PeerError(answer["error"])
-        self._calls += 1
-        return answer["value"]
-
     def _post(self, record: dict[str, Any]) -> None:
-        number = self.store.add(f"{self._key}/arrived", 1)
+        """Writes this rank's record of the current call: rank 0's has number 0, the others' are counted."""
+        number = 0 if self.rank == 0 else self.store.add(f"{self._key}/arrived", 1)
         if self.rank is None:
             self.rank = number
         self.store.set(f"{self._key}/{number}", json.dumps({"rank": self.rank, **record}))
 
-    def _collect(
-        self,
-        what: str,
-        value: Any,
-        timeout_s: float,
-        deadline: float,
-        check: Callable[[int, Any], None],
-        complete: bool,
-    ) -> list[Any]:
-        self.store.set(f"{self._key}/0", json.dumps({"rank": 0}))
-        values = {0: json.loads(json.dumps(value))}
-        for number in range(1, self.world_size):
-            text = wait_for(self.store, f"{self._key}/{number}", deadline)
-            if text is None and complete:
-                raise UserError(self._who_is_missing(what, timeout_s))
-            if text is None:
-                break
-            record = json.loads(text)
-            if "error" in record:
-                raise PeerError(record["error"])
-            check(record["rank"], record["value"])
-            values[record["rank"]] = record["value"]
-        return [values.get(rank) for rank in range(max(values) + 1)]
-
     def _who_is_missing(self, what: str, timeout_s: float) -> str:
         keys = [f"{self._key}/{n}" for n in range(self.store.add(f"{self._key}/arrived", 0) + 1)]
-        records = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-        came = {record["rank"] for record in records}
+        came = {json.loads(self.store.get(key))["rank"] for key in keys if self.store.check([key])}
         missing = ", ".join(str(rank) for rank in range(self.world_size) if rank not in came)
         if not missing:
             return f"rank 0 did not answer in '{what}' within {timeout_s:g} s: look at its output"
@@ -211,8 +196,6 @@ def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeou
 
     The message names the value, the machine, and `cure`.
     """
-    if world.store_group is None:
-        return
 
     def conclude(answers: list[Any]) -> None:
         for name in values:
@@ -223,8 +206,8 @@ def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeou
 
 def require_equal(name: str, answers: list[tuple[str, Any]], cure: str) -> None:
     """UserError if the values in `answers`, (machine, value) pairs in rank order, are not all equal."""
+    first_host, first = answers[0]
     for rank, (host, value) in enumerate(answers):
-        first_host, first = answers[0]
         if value != first:
             raise UserError(
                 f"{name} is {value!r} for rank {rank} on {host}, but {first!r} for rank 0 on "
@@ -237,8 +220,9 @@ def broadcast_result(world: "World", what: str, make: Callable[[], Any], timeout
 
     A UserError of rank 0 is raised on every rank.
     """
-    value = _make(world, make) if world.rank == 0 else None
-    return value if world.store_group is None else world.store_group.broadcast(what, value, timeout_s)
+    with world.store_group.publishing_errors():
+        value = make() if world.rank == 0 else None
+    return world.store_group.broadcast(what, value, timeout_s)
 
 
 def all_gather_results(world: "World", what: str, make: Callable[[], Any], timeout_s: float) -> list[Any]:
@@ -246,27 +230,16 @@ def all_gather_results(world: "World", what: str, make: Callable[[], Any], timeo
 
     A UserError of any rank is raised on every rank, with the rank and machine it came from.
     """
-    value = _make(world, make)
-    if world.store_group is None:
-        return [value]
-    values: list[Any] = world.store_group.exchange(what, value, timeout_s)
-    return values
-
-
-def _make(world: "World", make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except UserError as error:
-        if world.store_group is not None:
-            world.store_group.publish_error(error)
-        raise
+    with world.store_group.publishing_errors():
+        value = make()
+    return world.store_group.exchange(what, value, timeout_s)
 
 
 class Status(NamedTuple):
     """What the ranks tell each other in a step; valid once `work` is done.
 
-    flags: int64 (3,) on the device: the highest rank, from 1, whose loss is not finite (0: none); the
-    highest signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
+    flags: int64 (3,) on the device: the highest rank, from 1, whose loss is not finite (0: none); the highest
+    signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
     """
 
     flags: torch.Tensor
@@ -281,7 +254,5 @@ def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: "World
     flags = torch.tensor([world.rank + 1, signal, save and world.rank == 0])
     flags = flags.to(world.device, non_blocking=True)
     flags[0] *= ~torch.isfinite(loss)
-    work = None
-    if world.world_size > 1:
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+    work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if world.world_size > 1 else None
     return Status(flags, work)

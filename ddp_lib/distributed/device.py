@@ -24,14 +24,12 @@ def thread_budget(local_world_size: int) -> int:
 def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
     """This machine's backend, and why. UserError for nccl without one GPU per local rank."""
     have = f"{gpus} GPU(s) for {local_world_size} local rank(s)"
-    if asked == "gloo":
-        return "gloo", "asked for"
+    if asked not in ("auto", "gloo", "nccl"):
+        raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
     if asked == "nccl" and gpus < local_world_size:
         raise UserError(f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo")
-    if asked == "nccl":
-        return "nccl", "asked for"
     if asked != "auto":
-        raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
+        return asked, "asked for"
     return ("nccl" if gpus >= local_world_size else "gloo"), have
 
 
@@ -45,20 +43,19 @@ def pick_device(backend: str, local_rank: int) -> "torch.device":
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_NEVER = 2**31 - 1
 
 
 @cache
 def keep_freed_memory() -> bool:
     """Makes this process keep the blocks it frees, up to 1 GB each; False if the C library cannot.
 
-    glibc gives large blocks back to the system at once. A training step on a CPU allocates the same
-    blocks as the step before, and the system would clear their pages each time: thousands of page faults
-    per step. See mallopt(3); PyTorch's tuning guide suggests another allocator for the same reason.
+    glibc gives large blocks back to the system at once. A training step on a CPU allocates the same blocks as
+    the step before, and the system would clear their pages each time: thousands of page faults per step. See
+    mallopt(3); PyTorch's tuning guide suggests another allocator for the same reason.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
     # An older glibc accepts at most 32 MB.
     large = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25))
-    return bool(large and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(large and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))  # the largest: never

@@ -10,7 +10,7 @@ from ddp_lib.errors import UserError
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Rank and world size, both local and global, and where the master is."""
+    """Rank and world size, both local and global, this machine's number (`node`), and where the master is."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,11 +34,10 @@ class RankEnv:
 def read_rank_env(environ: Mapping[str, str], **flags: int | str | None) -> RankEnv:
     """The rank from the flags (`rank=`, `world_size=`, ...), else RANK etc., else SLURM's variables.
 
-    A process with none of them is alone. Raises UserError, with the variable, its value and the cure,
-    if they are incomplete or contradict each other.
+    A process with none of them is alone. Raises UserError, with the variable, its value and the cure, if they
+    are incomplete or contradict each other.
     """
-    given = {name.upper(): str(value) for name, value in flags.items() if value is not None}
-    env = {**environ, **given}
+    env = {**environ, **{name.upper(): str(value) for name, value in flags.items() if value is not None}}
     if "RANK" in env or "WORLD_SIZE" in env:
         return _from_rank(env)
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
@@ -64,9 +63,10 @@ def _number(env: Mapping[str, str], name: str, cure: str, default: int | None = 
         raise UserError(f"{name}={text!r} is not a whole number: {cure}") from None
 
 
-def _check_range(name: str, value: int, limit_name: str, limit: int) -> None:
-    if not 0 <= value < limit:
-        raise UserError(f"{name}={value} is out of range for {limit_name}={limit}: give 0 to {limit - 1}")
+def _check_range(name: str, value: int, count_name: str, count: int, first: int = 0) -> None:
+    last = first + count - 1
+    if not first <= value <= last:
+        raise UserError(f"{name}={value} is out of range for {count_name}={count}: give {first} to {last}")
 
 
 def _from_rank(env: Mapping[str, str]) -> RankEnv:
@@ -77,21 +77,17 @@ def _from_rank(env: Mapping[str, str]) -> RankEnv:
     _check_range("RANK", rank, "WORLD_SIZE", world_size)
     # Without LOCAL_RANK there is one process per machine, as with `docker run -e RANK=...`.
     local_world_size = _number(env, "LOCAL_WORLD_SIZE", "set the number of ranks on this machine", 1)
-    if not 1 <= local_world_size <= world_size:
-        raise UserError(
-            f"LOCAL_WORLD_SIZE={local_world_size} is out of range for WORLD_SIZE={world_size}: "
-            f"give 1 to {world_size}"
-        )
+    _check_range("LOCAL_WORLD_SIZE", local_world_size, "WORLD_SIZE", world_size, first=1)
     local_rank = _number(env, "LOCAL_RANK", "set this process's number on its machine, from 0", 0)
     _check_range("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)
     node = _number(env, "GROUP_RANK", "set the machine's number, from 0", rank // local_world_size)
-    master_addr, master_port = env.get("MASTER_ADDR", "").strip(), env.get("MASTER_PORT")
-    if world_size > 1 and not master_addr:
+    address, port_text = env.get("MASTER_ADDR", "").strip(), env.get("MASTER_PORT")
+    if world_size > 1 and not address:
         raise UserError("MASTER_ADDR is not set: set it to the address or name of rank 0's machine")
-    if world_size > 1 and master_port is None:
+    if world_size > 1 and port_text is None:
         raise UserError("MASTER_PORT is not set: set the same free port on every machine, such as 29500")
-    port = port_number("MASTER_PORT", master_port) if master_port is not None else 0
-    return RankEnv(rank, world_size, local_rank, local_world_size, node, master_addr, port, "environment")
+    port = 0 if port_text is None else port_number("MASTER_PORT", port_text)
+    return RankEnv(rank, world_size, local_rank, local_world_size, node, address, port, "environment")
 
 
 def _from_slurm(env: Mapping[str, str]) -> RankEnv:
@@ -103,14 +99,14 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     rank = _number(env, "SLURM_PROCID", cure)
     _check_range("SLURM_PROCID", rank, size_name, world_size)
     node = _number(env, "SLURM_NODEID", cure, 0)
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    per_node = tasks_per_node(tasks)
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
+    per_node = tasks_per_node(tasks or str(world_size))
     local_world_size = per_node[min(node, len(per_node) - 1)]
     local_rank = _number(env, "SLURM_LOCALID", cure)
     _check_range("SLURM_LOCALID", local_rank, "SLURM_STEP_TASKS_PER_NODE", local_world_size)
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    addr = env.get("MASTER_ADDR", "").strip() or first_host(nodes or "")
-    if world_size > 1 and not addr:
+    address = env.get("MASTER_ADDR", "").strip() or first_host(nodes or "")
+    if world_size > 1 and not address:
         raise UserError("SLURM_JOB_NODELIST is not set: set MASTER_ADDR to rank 0's machine")
     if "MASTER_PORT" in env:
         port = port_number("MASTER_PORT", env["MASTER_PORT"])
@@ -118,7 +114,7 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnv:
         # Two jobs on one machine need different ports, below the range that systems pick from.
         job = _number(env, "SLURM_JOB_ID", cure, 0) * 17 + _number(env, "SLURM_STEP_ID", cure, 0)
         port = 20000 + job % 10000
-    return RankEnv(rank, world_size, local_rank, local_world_size, node, addr, port, "SLURM")
+    return RankEnv(rank, world_size, local_rank, local_world_size, node, address, port, "SLURM")
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -134,15 +130,4 @@ def tasks_per_node(text: str) -> list[int]:
 
 def first_host(nodelist: str) -> str:
     """First name of SLURM's "gpu[07-09,12],login1": "gpu07"."""
-    name = re.match(r"[^,\[]*", nodelist)
-    prefix = name[0] if name else ""
-    rest = nodelist[len(prefix) :]
-    if not rest.startswith("["):
-        return prefix
-    inside, _, suffix = rest[1:].partition("]")
-    first = re.split(r"[,-]", inside)[0]
-    return (
-        first_host(prefix + first + suffix)
-        if "[" in suffix.split(",")[0]
-        else (prefix + first + suffix.split(",")[0])
-    )
+    return re.sub(r"\[([^],-]*)[^]]*\]?", r"\1", nodelist).partition(",")[0]

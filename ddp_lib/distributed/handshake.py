@@ -3,7 +3,7 @@
 import platform
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -18,38 +18,24 @@ from ddp_lib.errors import UserError
 
 
 def versions() -> dict[str, str]:
-    return {
-        "ddp_lib": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-# These must be equal on all machines; Python's may differ.
-_EQUAL = ("ddp_lib", "torch")
+    return {"ddp_lib": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def handshake(
-    group: StoreGroup,
-    rank_env: RankEnv,
-    backend: str,
-    reason: str,
-    timeout_s: float,
-    deadline: float,
+    group: StoreGroup, rank_env: RankEnv, backend: str, reason: str, timeout_s: float, deadline: float
 ) -> tuple[str, str]:
     """Compares all ranks with each other; returns the backend that all can use, and why.
 
     backend, reason: what this rank could use. deadline: monotonic time, timeout_s after the start.
 
-    UserError, on every rank, if two ranks have the same number, if WORLD_SIZE or the versions of torch
-    or ddp_lib differ, if machines cannot connect to each other, or if ranks do not come.
+    UserError, on every rank, if two ranks have the same number, if WORLD_SIZE or the versions of torch or
+    ddp_lib differ, if machines cannot connect to each other, or if ranks do not come.
     """
     host, size = socket.gethostname(), rank_env.world_size
-    with ExitStack() as stack:
-        probe = None
-        address = own_address(rank_env.endpoint, rank_env.one_machine)
-        if rank_env.local_rank == 0 and not rank_env.one_machine and address:
-            probe = stack.enter_context(Probe(address))
+    tries = rank_env.local_rank == 0 and not rank_env.one_machine
+    address = own_address(rank_env.endpoint, False) if tries else ""
+    probing: AbstractContextManager[Probe | None] = closing(Probe(address)) if address else nullcontext()
+    with probing as probe:
         mine: dict[str, Any] = {
             "id": uuid4().hex,
             "host": host,
@@ -59,7 +45,7 @@ def handshake(
             "versions": versions(),
             "probe": [probe.address, probe.port] if probe else None,
         }
-        came: dict[int, dict[str, Any]] = {rank_env.rank: mine}
+        came = {rank_env.rank: mine}
 
         def check(rank: int, theirs: dict[str, Any]) -> None:
             if theirs["world_size"] != size:
@@ -71,12 +57,10 @@ def handshake(
                 raise _taken(rank, came[rank]["host"], theirs["host"], size)
 
         def conclude(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            for name in _EQUAL:
+            for name in ("ddp_lib", "torch"):  # Python's version may differ
                 answers = [(theirs["host"], theirs["versions"][name]) for theirs in ranks]
                 require_equal(name, answers, "install the same on every machine")
-            return [
-                {name: theirs[name] for name in ("id", "host", "backend", "why", "probe")} for theirs in ranks
-            ]
+            return ranks
 
         ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
         own = ranks[rank_env.rank]
@@ -101,9 +85,8 @@ def _taken(rank: int, first: str, second: str, size: int) -> UserError:
 
 
 def _raise_first(troubles: list[str]) -> None:
-    for trouble in troubles:
-        if trouble:
-            raise UserError(trouble)
+    for trouble in filter(None, troubles):
+        raise UserError(trouble)
 
 
 def _trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
@@ -112,14 +95,10 @@ def _trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
     for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):
         if link.trouble:
             address, port = theirs["probe"]
-            return unreachable(socket.gethostname(), theirs["host"], address, port, link.trouble)
+            return (
+                f"{socket.gethostname()} reaches the master, but its connection to {theirs['host']} at "
+                f"{address}, port {port}, {link.trouble}: gloo and NCCL use ports that the system picks, so "
+                "open all ports between the machines, not MASTER_PORT alone; in a container, run it with "
+                "--network host"
+            )
     return ""
-
-
-def unreachable(here: str, there: str, address: str, port: int, trouble: str) -> str:
-    """One line for a connection that failed: what was tried, the likely cause, the cure."""
-    return (
-        f"{here} reaches the master, but its connection to {there} at {address}, port {port}, "
-        f"{trouble}: gloo and NCCL use ports that the system picks, so open all ports between the "
-        "machines, not MASTER_PORT alone; in a container, run it with --network host"
-    )

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -40,23 +41,21 @@ def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
 
 
 def wait_for_master(
-    endpoint: Endpoint,
-    join_timeout_s: float,
-    one_machine: bool = True,
-    silence_s: float | None = None,
+    endpoint: Endpoint, join_timeout_s: float, one_machine: bool = True, silence_s: float | None = None
 ) -> str:
     """The address at which the master listens, as soon as it does.
 
     Retries while the name does not resolve (compose, Kubernetes) or the master is not started. After
-    `join_timeout_s`, a UserError says how far it got. silence_s: how long packets may vanish, if the
-    master's machine is known to be up.
+    `join_timeout_s`, a UserError says how far it got. silence_s: how long packets may vanish, if the master's
+    machine is known to be up.
     """
     began = time.monotonic()
     wait_for_name(endpoint, join_timeout_s)
     while True:
         timeout_s = join_timeout_s
         trouble = f"{endpoint.host_name} does not resolve any more: check the name"
-        for address in endpoint_addresses(endpoint, one_machine):
+        addresses = endpoint_addresses(endpoint, one_machine)
+        for address in addresses:
             try:
                 left = began + join_timeout_s - time.monotonic()
                 socket.create_connection((address, endpoint.port), timeout=max(0.1, min(5.0, left))).close()
@@ -72,51 +71,18 @@ def wait_for_master(
                 )
                 timeout_s = join_timeout_s if silence_s is None else min(silence_s, join_timeout_s)
         if time.monotonic() + _RETRY_S > began + timeout_s:
-            names = endpoint_addresses(endpoint, one_machine)
-            if names and is_loopback(names[-1]) and not is_loopback(endpoint.host):
+            if addresses and is_loopback(addresses[-1]) and not is_loopback(endpoint.host):
                 trouble += f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
             raise UserError(f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)")
         time.sleep(_RETRY_S)
-
-
-def listen(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> tuple[socket.socket, str]:
-    """A listening socket for the store, and the address at which this process reaches it.
-
-    Listens only on the address that the others use, since the store has no password. It must listen on
-    all if the endpoint is no address of this machine (a published container port), or is a name that
-    means loopback here and the machine has several outward addresses.
-    """
-    wait_for_name(endpoint, join_timeout_s)
-    mine = own_addresses()
-    addresses = endpoint_addresses(endpoint, one_machine)
-    usable = [a for a in addresses if a in mine or is_loopback(a)]
-    outward = [a for a in usable if not is_loopback(a)]
-    guessed = addresses != resolve(endpoint.host, endpoint.port)
-    everywhere = not usable or (guessed and len(outward) != 1)
-    ipv6 = ":" in (usable or addresses)[0]
-    address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
-    server = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if ipv6 and everywhere:
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        server.bind((address, endpoint.port))
-        server.listen(1024)
-    except OSError as error:
-        server.close()
-        raise PortTaken(
-            f"{endpoint.port_name} cannot be opened on {endpoint.host} ({error.strerror}): "
-            "end the program that has it, or choose another port on every machine"
-        ) from None
-    return server, ("::1" if ipv6 else "127.0.0.1") if everywhere else address
 
 
 class PortTaken(UserError):
     """Another program has the port; perhaps another process of this job."""
 
 
-# A rank that torchrun started knows that the master's machine is up: packets that vanish so long
-# are a firewall's doing. Three have been sent by then.
+# A rank that torchrun started knows that the master's machine is up: packets that vanish so long are a
+# firewall's doing. Three have been sent by then.
 _SILENCE_S = 5.0
 # How long torch may take to give up after its timeout: its stack dump alone takes seconds.
 _GIVE_UP_S = 30.0
@@ -126,17 +92,16 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
     """The ranks at the master's key-value store, which rank 0 or torchrun's agent hosts."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosts = rank_env.rank == 0 and not by_agent
-    store: dist.Store
     if hosts:
-        store = host_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine)
+        server = host_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine)
     else:
         silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
-        store = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
+        server = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
     # After a restart, the store of torchrun's agent still holds the previous attempt's keys. Rank 0's own
     # store is new each time, and must not use this count: each agent counts only its own failures.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
     prefix = f"ddp_lib/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
-    store = dist.PrefixStore(prefix, store)
+    store = dist.PrefixStore(prefix, server)
     if hosts:
         me = f"{socket.gethostname()} {os.urandom(8).hex()}"
         store.set("host", me)
@@ -149,9 +114,9 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
 def _look_for_other_rank0(endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float) -> None:
     """On rank 0, if MASTER_ADDR is not this machine: does another rank 0 answer there?
 
-    If this process answers, its port is published, as a container's may be. If another rank 0 does, both
-    get an error. Python waits for this thread, some seconds at most, before the interpreter shuts down:
-    a thread that returned from C++ after that would abort.
+    If this process answers, its port is published, as a container's may be. If another rank 0 does, both get
+    an error. Python waits for this thread, some seconds at most, before the interpreter shuts down: a thread
+    that returned from C++ after that would abort.
     """
     while time.monotonic() < until and threading.main_thread().is_alive():
         try:
@@ -172,16 +137,40 @@ def _look_for_other_rank0(endpoint: Endpoint, prefix: str, ours: dist.Store, me:
 
 
 def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> dist.TCPStore:
-    """Hosts the store, only on the address that the peers use; PortTaken if that fails."""
-    server, address = listen(endpoint, join_timeout_s, one_machine)
+    """Hosts the store; PortTaken if that fails.
+
+    Listens only on the address that the others use, since the store has no password. It must listen on all if
+    the endpoint is no address of this machine (a published container port), or is a name that means loopback
+    here and the machine has several outward addresses.
+    """
+    wait_for_name(endpoint, join_timeout_s)
+    mine = own_addresses()
+    addresses = endpoint_addresses(endpoint, one_machine)
+    usable = [a for a in addresses if a in mine or is_loopback(a)]
+    outward = [a for a in usable if not is_loopback(a)]
+    guessed = addresses != resolve(endpoint.host, endpoint.port)
+    everywhere = not usable or (guessed and len(outward) != 1)
+    ipv6 = ":" in (usable or addresses)[0]
+    address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
+    try:
+        listener = socket.create_server(
+            (address, endpoint.port),
+            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=ipv6 and everywhere,
+        )
+    except OSError as error:
+        raise PortTaken(
+            f"{endpoint.port_name} cannot be opened on {endpoint.host} ({os.strerror(error.errno or 0)}): "
+            "end the program that has it, or choose another port on every machine"
+        ) from None
     return dist.TCPStore(
-        address,
-        server.getsockname()[1],
-        None,
-        True,
-        timedelta(seconds=join_timeout_s),
+        ("::1" if ipv6 else "127.0.0.1") if everywhere else address,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timedelta(seconds=join_timeout_s),
         wait_for_workers=False,
-        master_listen_fd=server.detach(),
+        master_listen_fd=listener.detach(),
     )
 
 
@@ -211,52 +200,45 @@ def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     """
     # The port has answered, so a store replies at once. The other half is for torch to give up.
     wait = timedelta(seconds=timeout_s / 2)
-    others = _connections((address, port))
-    outcome: list[dist.TCPStore | Exception] = []
+    others = _connections(address, port)
+    client: Future[dist.TCPStore] = Future()
 
     def connect() -> None:
         try:
-            outcome.append(dist.TCPStore(address, port, None, False, wait, wait_for_workers=False))
-        except (RuntimeError, ValueError) as error:
-            outcome.append(error)
+            client.set_result(dist.TCPStore(address, port, timeout=wait, wait_for_workers=False))
+        except Exception as error:
+            client.set_exception(error)
 
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    silent = not outcome
-    # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its
-    # connection ends its wait.
+    silent = thread.is_alive()
+    # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its connection
+    # ends its wait.
     until = time.monotonic() + _GIVE_UP_S
     while thread.is_alive() and time.monotonic() < until:
-        for file in _connections((address, port)) - others:
-            _hang_up(file)
+        for file in _connections(address, port) - others:
+            with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
         thread.join(0.1)
-    result = TimeoutError("it accepts and is silent") if silent else outcome[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
+    if silent:
+        raise TimeoutError("it accepts and is silent")
+    return client.result()
 
 
-def _connections(peer: tuple[str, int]) -> set[int]:
-    """File descriptors of this process's connections to `peer`, including those that C++ opened.
+def _connections(address: str, port: int) -> set[int]:
+    """File descriptors of this process's connections to a peer, including those that C++ opened.
 
     /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
     """
-    names = (peer, (f"::ffff:{peer[0]}", peer[1]))
     connected = set()
     for file in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # closed meanwhile, or not connected
             if stat.S_ISSOCK(os.fstat(file).st_mode):
                 with socket.socket(fileno=os.dup(file)) as connection:
-                    if connection.getpeername()[:2] in names:
+                    if connection.getpeername()[:2] in ((address, port), (f"::ffff:{address}", port)):
                         connected.add(file)
     return connected
-
-
-def _hang_up(file: int) -> None:
-    """Ends a connection: a thread that waits for its next byte gets an error."""
-    with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

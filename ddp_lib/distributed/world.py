@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,30 +21,23 @@ import torch.distributed.nn.functional
 from ddp_lib.distributed.addresses import name_interface
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import choose_backend, pick_device, thread_budget
-from ddp_lib.distributed.environment import read_rank_env
+from ddp_lib.distributed.environment import RankEnv, read_rank_env
 from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.store import open_store
 from ddp_lib.errors import UserError, first_line
 
-Log = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class World:
-    """This process among the ranks. `World()` is a single rank without a process group.
+class World(RankEnv):
+    """This process among the ranks, on its device. `World()` is a single rank without a process group.
 
     with World.join() as world:
         ...   # world.rank, world.world_size, world.device
     """
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    node: int = 0
     device: torch.device = field(default_factory=lambda: pick_device("none", 0))
     backend: str = "none"
-    store_group: StoreGroup | None = field(default=None, repr=False, compare=False)
+    store_group: StoreGroup = field(default_factory=StoreGroup, repr=False, compare=False)
     timeout_s: float = field(default=120.0, repr=False, compare=False)
     versions: dict[str, str] = field(default_factory=versions, repr=False, compare=False)
 
@@ -55,9 +47,9 @@ class World:
         return self.rank == 0
 
     @property
-    def store(self) -> dist.Store | None:
-        """The key-value store at the master; None if the world size is 1."""
-        return None if self.store_group is None else self.store_group.store
+    def store(self) -> dist.Store:
+        """The key-value store at the master; this process's own if the world size is 1."""
+        return self.store_group.store
 
     @classmethod
     def join(
@@ -67,7 +59,7 @@ class World:
         join_timeout_s: float = 60.0,
         timeout_s: float = 120.0,
         environ: Mapping[str, str] | None = None,
-        log: Log | None = None,
+        log: Callable[[str], None] | None = None,
         **flags: int | str | None,
     ) -> "World":
         """Joins the process group that flags or environment describe (see `read_rank_env`).
@@ -83,51 +75,39 @@ class World:
         if "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
         backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())
-        store = None
         if rank_env.world_size == 1:
-            backend = "none"
+            group, backend, how = StoreGroup(), "none", "no process group"
         else:
             name_interface(rank_env.endpoint, rank_env.one_machine)
-            store = open_store(rank_env, env, join_timeout_s)
+            group = open_store(rank_env, env, join_timeout_s)
             deadline = started + join_timeout_s
-            try:
-                backend, reason = handshake(store, rank_env, backend, reason, join_timeout_s, deadline)
-            except UserError as error:
-                store.publish_error(error)
-                raise
-        world = cls(
-            rank_env.rank,
-            rank_env.world_size,
-            rank_env.local_rank,
-            rank_env.local_world_size,
-            rank_env.node,
-            pick_device(backend, rank_env.local_rank),
-            backend,
-            store,
-            timeout_s,
-        )
-        if store is not None:
-            world._init_process_group(store.store)
+            with group.publishing_errors():
+                backend, reason = handshake(group, rank_env, backend, reason, join_timeout_s, deadline)
+            how = f"backend {backend} ({reason})"
+        device = pick_device(backend, rank_env.local_rank)
+        world = cls(**vars(rank_env), device=device, backend=backend, store_group=group, timeout_s=timeout_s)
+        if world.world_size > 1:
+            world._init_process_group()
         if log is not None or world.is_main:
-            how = "no process group" if store is None else f"backend {backend} ({reason})"
             (log or world.say)(
                 f"{world.world_size} rank(s); rank {world.rank} on {socket.gethostname()}: {how}, "
                 f"device {world.device}, {torch.get_num_threads()} thread(s), "
-                f"rank from {rank_env.source}, joined in {time.monotonic() - started:.1f} s"
+                f"rank from {world.source}, joined in {time.monotonic() - started:.1f} s"
             )
         return world
 
-    def _init_process_group(self, store: dist.Store) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+    def _init_process_group(self) -> None:
+        gpu = self.device if self.device.type == "cuda" else None
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         try:
             dist.init_process_group(
                 self.backend,
-                store=dist.PrefixStore("group", store),
+                store=dist.PrefixStore("group", self.store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(seconds=self.timeout_s),
-                device_id=self.device if self.device.type == "cuda" else None,
+                device_id=gpu,
             )
             # No rank may exit before its peers have connected to it.
             dist.barrier()
@@ -146,15 +126,8 @@ class World:
 
     def describe(self) -> dict[str, Any]:
         """Rank, host and device, as plain values for logs."""
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "local_rank": self.local_rank,
-            "node": self.node,
-            "host": socket.gethostname(),
-            "backend": self.backend,
-            "device": str(self.device),
-        }
+        numbers = dict(rank=self.rank, world_size=self.world_size, local_rank=self.local_rank, node=self.node)
+        return numbers | dict(host=socket.gethostname(), backend=self.backend, device=str(self.device))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all ranks, in place, on every rank."""
@@ -165,10 +138,10 @@ class World:
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.
 
-        Collects garbage first: a DistributedDataParallel model that is still alive keeps gloo's threads,
-        and they may abort the process if they free their last all-reduce during shutdown. Destroying the
-        group may hang (PyTorch issue 75097). After twice timeout_s, when the last collective has timed
-        out, the process prints a traceback and exits with status 1.
+        Collects garbage first: a DistributedDataParallel model that is still alive keeps gloo's threads, and
+        they may abort the process if they free their last all-reduce during shutdown. Destroying the group
+        may hang (PyTorch issue 75097). After twice timeout_s, when the last collective has timed out, the
+        process prints a traceback and exits with status 1.
         """
         if self.world_size == 1 or not dist.is_initialized():
             return
@@ -183,14 +156,9 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Published before leaving the group: leaving may hang while the others wait for this rank.
-        if self.store_group is not None and isinstance(error, UserError):
+        if self.world_size > 1 and isinstance(error, UserError):
             faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=2)  # as in `leave`
             self.store_group.publish_error(error)
         # An error's frames also keep the model alive.

@@ -6,82 +6,61 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from operator import attrgetter
+from typing import TypeVar
 
 from ddp_lib.errors import PeerError, UserError, is_peer_gone, is_timeout
 from ddp_lib.processes.signals import AGENT
 
-
-class Failure(Protocol):
-    """When a rank failed, and whether another rank's failure was the reason."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def time(self) -> float: ...
-    @property
-    def consequence(self) -> int:
-        """0: a cause; 1: consequence of another rank's failure; 2: ended by the launcher."""
+Failure = TypeVar("Failure")
 
 
-AnyFailure = TypeVar("AnyFailure", bound=Failure)
-
-
-def first_cause(failures: Iterable[AnyFailure]) -> AnyFailure:
+def first_cause(failures: Iterable[Failure]) -> Failure:
     """The earliest failure that is not the consequence of another, if there is such a failure.
 
-    Of failures at the same time, the first in the order given.
+    A failure has a `time` and a `consequence`: 0 for a cause, 1 for a consequence of another rank's failure,
+    2 if the launcher ended the rank. Of failures at the same time, the first in the order given.
     """
-    return min(failures, key=lambda failure: (failure.consequence, failure.time))
+    return min(failures, key=attrgetter("consequence", "time"))
 
 
-def print_error(line: str, prog: str = "ddp-launch") -> None:
+def print_error(line: str) -> None:
     """All failures are printed here."""
-    print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
-
-
-class Peers(Protocol):
-    """Where other ranks' errors can be read: distributed.coordination.StoreGroup."""
-
-    def published_error(self) -> str: ...
+    print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass
 class Outcome:
     """How a process ends; `status` is its exit status."""
 
-    prog: str = "ddp-launch"
     status: int = 0
     reported: BaseException | None = None
 
     @contextmanager
-    def reported_first(self, peers: Peers | None) -> Iterator[None]:
+    def reported_first(self, published_error: Callable[[], str]) -> Iterator[None]:
         """Reports an exception before it leaves the block: leaving the process group may hang.
 
-        peers: asked for the cause if this rank only lost another rank.
+        published_error: returns the cause, if known, for a rank that only lost another rank.
         """
         try:
             yield
         except BaseException as error:
-            self.report(error, peers)
+            self.report(error, published_error)
             raise
 
-    def report(self, error: BaseException, peers: Peers | None = None) -> None:
+    def report(self, error: BaseException, published_error: Callable[[], str] = lambda: "") -> None:
         """Sets the status, and prints one line or leaves it to the agent that started this rank."""
         if error is self.reported:
             return
-        self.reported = error
+        self.reported, self.status = error, 1
         text = " ".join(str(error).split())[:300]
         match error:
-            case PeerError():
-                self.status = 2
-                self._say(str(error), consequence=True)
             case UserError():
                 self.status = 2
-                self._say(str(error))
+                self._say(str(error), consequence=isinstance(error, PeerError))
             case KeyboardInterrupt():
                 self.status = 130
             case BrokenPipeError():
@@ -91,47 +70,34 @@ class Outcome:
                 if AGENT in os.environ:  # the agent must say why a rank left
                     self._say("nothing reads the output any more: send it to a file")
             case SystemExit():
-                code = error.code
-                self.status = code if isinstance(code, int) else int(bool(code))
+                self.status = error.code if isinstance(error.code, int) else int(bool(error.code))
             case _ if is_peer_gone(error):
-                self.status = 1
-                cause = peers.published_error() if peers is not None else ""
-                self._say(cause or f"another rank is gone: see its own output ({text})", consequence=True)
+                cause = published_error() or f"another rank is gone: see its own output ({text})"
+                self._say(cause, consequence=True)
             case _ if is_timeout(error):
-                self.status = 1
-                self._say(
-                    f"timed out waiting for another rank, --timeout-s long ({text})",
-                    consequence=True,
-                )
+                self._say(f"timed out waiting for another rank, --timeout-s long ({text})", consequence=True)
             case _:
-                self.status = 1
                 traceback.print_exception(error)
                 self._say(f"{type(error).__name__}: {text} (its traceback stands above)")
 
     def _say(self, line: str, consequence: bool = False) -> None:
         """Prints the line, or writes it to the file that the agent reads."""
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if path:
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             now = time.time()
             # torch reads message, timestamp and py_callstack. ddp-launch also reads the other two, to find
             # the cause among failures within the same second.
-            extra = {
-                "timestamp": str(int(now)),
-                "py_callstack": line,
-                "time": now,
-                "consequence": consequence,
-            }
+            extra = dict(timestamp=str(int(now)), py_callstack=line, time=now, consequence=consequence)
             with open(path, "w") as file:
                 json.dump({"message": {"message": line, "extraInfo": extra}}, file)
         if AGENT not in os.environ:
             named = "RANK" not in os.environ or line.startswith("rank ")
-            print_error(line if named else f"rank {os.environ['RANK']}: {line}", self.prog)
+            print_error(line if named else f"rank {os.environ['RANK']}: {line}")
 
 
 @contextmanager
-def as_exit_status(prog: str = "ddp-launch") -> Iterator[Outcome]:
+def as_exit_status() -> Iterator[Outcome]:
     """Turns an exception into `outcome.status`, and reports it if that is not done yet."""
-    outcome = Outcome(prog)
+    outcome = Outcome()
     try:
         yield outcome
     except BaseException as error:

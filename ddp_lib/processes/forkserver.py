@@ -1,7 +1,7 @@
 """Ranks forked from a server that has only imported torch: the server, and how a fork becomes a rank.
 
-Used by run_ranks and by ddp-launch. Importing torch takes each process seconds and hundreds of megabytes.
-A fork shares the memory and takes a tenth of a second.
+Used by run_ranks and by ddp-launch. Importing torch takes each process seconds and hundreds of megabytes. A
+fork shares the memory and takes a tenth of a second.
 """
 
 import faulthandler
@@ -22,9 +22,8 @@ from typing import Any
 def context() -> Any:
     """multiprocessing's context: the fork server, which has no threads that a fork would lose. Spawn if
     there is none, and on macOS, whose frameworks do not survive a fork."""
-    methods = multiprocessing.get_all_start_methods()
-    forkserver = "forkserver" in methods and sys.platform != "darwin"
-    return multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    forks = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return multiprocessing.get_context("forkserver" if forks else "spawn")
 
 
 def start_server(preload: list[str]) -> None:
@@ -38,17 +37,11 @@ def start_server(preload: list[str]) -> None:
 
     here.set_forkserver_preload(preload)
     resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
-    with _one_thread(), _block_sigint():
-        ensure_running()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For the server: a process with threads must not be forked."""
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server: a process with threads must not be forked
     try:
-        yield
+        with _block_sigint():
+            ensure_running()
     finally:
         del os.environ["OMP_NUM_THREADS"]
         if threads is not None:
@@ -81,7 +74,9 @@ def become_rank() -> None:
     """Sets up this fork's signals, output and threads as torchrun would."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     unblock_sigint()
-    _stop_with_agent()
+    agent = multiprocessing.parent_process()
+    if agent is not None:
+        threading.Thread(target=_stop_after, args=(agent.sentinel,), name="agent", daemon=True).start()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
@@ -93,17 +88,10 @@ def become_rank() -> None:
     _set_thread_name(f"ddp-rank{os.environ['RANK']}")  # for ps, top and pkill
 
 
-def _stop_with_agent() -> None:
+def _stop_after(sentinel: int) -> None:
     """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed)."""
-    agent = multiprocessing.parent_process()
-    if agent is None:
-        return
-
-    def watch() -> None:
-        wait([agent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="agent", daemon=True).start()
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def set_threads() -> None:

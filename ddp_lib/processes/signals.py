@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
+from contextlib import suppress
 from typing import Any
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -15,26 +15,22 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 class StopSignal:
     """Inside `with StopSignal() as stop:` a signal ends the process with status 128 + its number.
 
-    Raises SystemExit at once. While `stop.deferred` is true it only sets `stop.requested`, for a loop
-    that agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as
-    a rank in a collective, runs no Python handler. So a thread calls `at_last` with the signal's number
-    (default: exit with 128 + number) `grace_s` seconds after the first signal or, if `impatient`, at the
-    second.
+    Raises SystemExit at once. While `stop.deferred` is true it only sets `stop.requested`, for a loop that
+    agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as a rank in
+    a collective, runs no Python handler. So a thread calls `at_last` with the signal's number (default: exit
+    with 128 + number) `grace_s` seconds after the first signal or, if `impatient`, at the second.
 
     Does nothing outside the main thread or without `with`: notebooks keep their own handlers.
     """
 
     def __init__(
-        self,
-        grace_s: float = 4.0,
-        at_last: Callable[[int], None] | None = None,
-        impatient: bool = False,
+        self, grace_s: float = 4.0, at_last: Callable[[int], None] | None = None, impatient: bool = False
     ) -> None:
         self.requested = 0
-        self.grace_s = grace_s
+        self.deferred = False
+        self._grace_s = grace_s
         self._at_last = at_last or (lambda number: os._exit(128 + number))
         self._impatient = impatient
-        self.deferred = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -61,14 +57,14 @@ class StopSignal:
             for number, handler in old.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         self.requested = number
         if not self.deferred:
             raise SystemExit(128 + number)
 
     def _watch(self) -> None:
-        """Runs in a thread. Python writes each signal's number to the socket as it arrives, even
-        while the main thread is inside C++."""
+        """Runs in a thread. Python writes each signal's number to the socket as it arrives, even while the
+        main thread is inside C++."""
         with self._reader:
             number, deadline = 0, 0.0
             while True:
@@ -84,17 +80,13 @@ class StopSignal:
                     if number and self._impatient:
                         break
                     if not number:  # further signals do not extend the grace time
-                        number, deadline = received[0], time.monotonic() + self.grace_s
+                        number, deadline = received[0], time.monotonic() + self._grace_s
             self._at_last(number)
 
 
 def stop_signals() -> list[signal.Signals]:
     """The signals that ask to stop; without SIGHUP if `nohup` has switched it off."""
-    return [
-        number
-        for number in _SIGNALS
-        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
-    ]
+    return [each for each in _SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
 
 
 def kill_descendants() -> None:
@@ -105,11 +97,9 @@ def kill_descendants() -> None:
     import psutil
 
     for process in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.NoSuchProcess):
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 AGENT = "DDP_LIB_AGENT"  # in the environment of ranks that a ddp-launch has started

@@ -14,19 +14,15 @@ from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
 
 # torch 2.15 renames the parameter; 2.11 has only the old name.
-_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {
-    name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _PARAMETERS
-}
-if len(_NO_BUFFER_SYNC) == 2:
-    del _NO_BUFFER_SYNC["broadcast_buffers"]
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel; for world size 1, the model itself.
 
-    Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read
-    them, and `evaluate` and the checkpoints take rank 0's.
+    Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read them, and
+    `evaluate` and the checkpoints take rank 0's.
     """
     if world.world_size == 1:
         return model
@@ -41,18 +37,15 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 def gradient_sync(net: nn.Module, on: bool) -> AbstractContextManager[object]:
     """Put it around forward and backward. With `on`, DDP averages the gradients over the ranks; else they
     add up on this rank. It must include the forward, which prepares the averaging."""
-    if on or not isinstance(net, DistributedDataParallel):
-        return nullcontext()
-    no_sync: AbstractContextManager[object] = net.no_sync()
-    return no_sync
+    return nullcontext() if on or not isinstance(net, DistributedDataParallel) else net.no_sync()
 
 
 def warm_up(net: nn.Module, x: torch.Tensor) -> None:
     """A throw-away forward and backward, before the state is loaded; compiles a compiled model.
 
-    DDP rebuilds its buckets after the first backward, in the order in which gradients arrived. On 3 or
-    more ranks, a gradient's position in its bucket changes the order of the sums. Without this, a resumed
-    run's second step would differ in bits from an uninterrupted run's.
+    DDP rebuilds its buckets after the first backward, in the order in which gradients arrived. On 3 or more
+    ranks, a gradient's position in its bucket changes the order of the sums. Without this, a resumed run's
+    second step would differ in bits from an uninterrupted run's.
     """
     net.train()
     net(x).sum().backward()
@@ -76,6 +69,5 @@ def weights_sha256(model: nn.Module, world: World) -> list[str]:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    digests = broadcast_bytes(world, b"".join(gather_bytes(world, digest.digest())))
-    size = digest.digest_size
-    return [digests[at : at + size].hex() for at in range(0, len(digests), size)]
+    digests = b" ".join(gather_bytes(world, digest.hexdigest().encode()))
+    return broadcast_bytes(world, digests).decode().split()

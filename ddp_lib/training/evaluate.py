@@ -35,10 +35,10 @@ class Evaluation:
 def evaluate(model: nn.Module, data: Dataset, world: World, split: str = "test") -> Evaluation:
     """Evaluates `model` (bare, not wrapped in DDP) on all images of `split`: "test" or "train".
 
-    Each rank takes whole batches of a fixed size, so each batch and all bits of its logits are the same
-    on any number of ranks. Sums and counts are added up, never means. Rank 0's BatchNorm buffers go to
-    all ranks first, since they differ. Leaves the model in eval mode. Computes in the precision of the
-    parameters, as a plain process that loads the weights would.
+    Each rank takes whole batches of a fixed size, so each batch and all bits of its logits are the same on
+    any number of ranks. Sums and counts are added up, never means. Rank 0's BatchNorm buffers go to all ranks
+    first, since they differ. Leaves the model in eval mode. Computes in the precision of the parameters, as a
+    plain process that loads the weights would.
     """
     share_buffers(model, world)
     model.eval()

@@ -1,13 +1,12 @@
 """Loss and times of each step of an epoch: logged, and summed over the ranks.
 
-On a GPU, Python only queues a step's work. Reading its loss at once would leave the GPU idle until the
-next step is queued, so on a GPU a step is read and logged one step later.
+On a GPU, Python only queues a step's work. Reading its loss at once would leave the GPU idle until the next
+step is queued, so on a GPU a step is read and logged one step later.
 """
 
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -35,13 +34,6 @@ class _Step:
     flags: torch.Tensor
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[float, int, int, bool]:
-        """Waits; returns this rank's loss, the rank with a bad loss from 1 (0: none), signal, save."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        bad_rank, signal, save = self.flags.tolist()
-        return self.loss.item(), bad_rank, signal, bool(save)
-
 
 @dataclass
 class EpochMetrics:
@@ -59,43 +51,45 @@ class EpochMetrics:
     _began_s: float = field(default_factory=time.perf_counter)
     _read_s: float = field(default_factory=time.perf_counter)  # when the last step was read
     _queued: list[_Step] = field(default_factory=list)
-    _recent_s: deque[float] = field(default_factory=partial(deque, maxlen=_SHOWN_STEPS))
+    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
 
     def record(
         self, step: int, samples: int, lr: float, data_s: float, loss: torch.Tensor, status: Status
     ) -> tuple[int, bool]:
         """Records step number `step`, counted through all epochs, after its backward.
 
-        samples: of this rank. data_s: seconds that its batch took. loss: this rank's mean, on the
-        device. Returns what `flush` does; on a GPU, for the previous step.
+        samples: of this rank. data_s: seconds that its batch took. loss: this rank's mean, on the device.
+        Returns what `flush` does; on a GPU, for the previous step.
         """
         if status.work is not None:
             status.work.wait()  # on a GPU this only queues the wait
-        on_gpu = loss.is_cuda
+        arrived = torch.cuda.Event() if loss.is_cuda else None
         loss, flags = (value.to("cpu", non_blocking=True) for value in (loss, status.flags))
-        arrived = torch.cuda.Event() if on_gpu else None
         if arrived is not None:
             arrived.record()
         self._queued.append(_Step(step, samples, lr, data_s, loss, flags, arrived))
-        return self.flush(keep=1 if on_gpu else self.lag)
+        return self.flush(keep=self.lag if arrived is None else 1)
 
     def flush(self, keep: int = 0) -> tuple[int, bool]:
         """Waits for the queued steps, except the last `keep`, and logs them.
 
-        Returns the highest signal that any rank received (0: none) and whether a checkpoint is due, the
-        same on every rank. UserError, on every rank, if any rank's loss is not finite.
+        Returns the highest signal that any rank received (0: none) and whether a checkpoint is due, the same
+        on every rank. UserError, on every rank, if any rank's loss is not finite.
         """
         signal, save = 0, False
         while len(self._queued) > keep:
             step = self._queued.pop(0)
-            loss, bad_rank, step_signal, step_save = step.read()
+            if step.arrived is not None:
+                step.arrived.synchronize()
+            loss = step.loss.item()
+            bad_rank, step_signal, step_save = step.flags.tolist()
             if bad_rank:
                 raise UserError(
                     f"the loss of rank {bad_rank - 1} is not finite at step {step.number} (epoch "
                     f"{self.epoch + 1}): lower --lr, or look for bad values in the data; the last "
                     "checkpoint stands"
                 )
-            signal, save = max(signal, step_signal), save or step_save
+            signal, save = max(signal, step_signal), save or bool(step_save)
             self._log(step, loss)
             self.loss_sum += loss * step.samples
             self.samples += step.samples

@@ -6,40 +6,35 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.optim import SGD, Optimizer
 
 from ddp_lib.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """One cycle: a linear rise to config.lr, then half a cosine down to zero.
+def set_learning_rate(optimizer: Optimizer, config: TrainConfig, step: int, total_steps: int) -> float:
+    """Sets and returns the learning rate of step number `step`.
 
-    It depends only on the step, so a resumed run needs no scheduler state. The idea is Smith & Topin's
-    "super-convergence" (2017).
+    One cycle: a linear rise to config.lr, then half a cosine down to zero. It depends only on the step, so a
+    resumed run needs no scheduler state. The idea is Smith & Topin's "super-convergence" (2017).
     """
     rise = max(1, round(config.warmup * total_steps))
     if step < rise:
-        return config.lr * (step + 1) / rise
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int
-) -> float:
-    """Sets and returns the learning rate of step number `step`."""
-    lr = learning_rate(config, step, total_steps)
+        lr = config.lr * (step + 1) / rise
+    else:
+        lr = config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     """SGD with Nesterov's momentum; weight decay on matrices and kernels only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
+    return SGD(
         [group for group in groups if group["params"]],
         lr=config.lr,
         momentum=config.momentum,
@@ -59,14 +54,7 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     return ("bf16", "the processor has it") if fast else ("fp32", "this processor has no bf16")
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """The type of parameters, batches and losses; only autocast uses bf16."""
-    return torch.float64 if precision == "fp64" else torch.float32
-
-
-def micro_batches(
-    x: torch.Tensor, y: torch.Tensor, parts: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def micro_batches(x: torch.Tensor, y: torch.Tensor, parts: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """A batch and its labels cut into `parts` equal pieces."""
     return zip(x.chunk(parts), y.chunk(parts), strict=True)
 

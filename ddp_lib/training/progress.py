@@ -3,7 +3,6 @@
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ddp_lib.distributed.world import World
@@ -22,14 +21,12 @@ class Progress:
     steps_per_epoch: int
     _next_line_s: float = 0.0
 
-    @cached_property
-    def bar(self) -> Any:
-        """tqdm's bar, if this rank shows one."""
+    def __post_init__(self) -> None:
+        self.bar: Any = None
         if self.world.local_rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            return tqdm(total=self.steps_per_epoch, unit="batch", dynamic_ncols=True)
-        return None
+            self.bar = tqdm(total=self.steps_per_epoch, unit="batch", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """Prints a line of this rank, above the bar if there is one."""
@@ -38,11 +35,6 @@ class Progress:
             self.bar.write(text)
         else:
             print(text, flush=True)
-
-    def say_once(self, text: str) -> None:
-        """Prints a line that is the same for all ranks, on rank 0."""
-        if self.world.rank == 0:
-            self.say(text)
 
     def step(self, epoch: int, step: int, loss: float, images_per_s: float) -> None:
         """epoch: from 0; step: through all epochs, from 0; images_per_s: over all ranks."""
@@ -57,8 +49,7 @@ class Progress:
             return
         now = time.monotonic()
         every = max(1, self.steps_per_epoch // _LINES_PER_EPOCH)
-        last = batch == self.steps_per_epoch
-        if last or ((batch - 1) % every == 0 and now >= self._next_line_s):
+        if batch == self.steps_per_epoch or ((batch - 1) % every == 0 and now >= self._next_line_s):
             self._next_line_s = now + _LINE_EVERY_S
             self.say(
                 f"epoch {epoch + 1}/{self.epochs} batch {batch}/{self.steps_per_epoch} "
@@ -66,5 +57,5 @@ class Progress:
             )
 
     def close(self) -> None:
-        if "bar" in vars(self) and self.bar is not None:
+        if self.bar is not None:
             self.bar.close()

@@ -1,10 +1,12 @@
 """Two machines measure the link between them; here they are one."""
 
+from contextlib import closing
+
 from ddp_lib.distributed.probe import Probe, bandwidth, connect, connect_all
 
 
 def test_a_probe_answers_and_is_gone():
-    with Probe("127.0.0.1") as probe:
+    with closing(Probe("127.0.0.1")) as probe:
         link = connect("127.0.0.1", probe.port, pings=3)
         assert (link.trouble, link.seen_as) == ("", "127.0.0.1")
         assert 0 < link.latency_s < 4 and abs(link.clock_s) < 4
