@@ -20,7 +20,7 @@ from typing import Any
 
 import cloudpickle
 
-from ddp_lib.processes.forkserver import set_threads, unblock_sigint
+from ddp_lib.processes.forkserver import collect_garbage, set_threads, unblock_sigint
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run_rank(connection: Connection, work: bytes, env: dict[str, str], folder: s
     os.chdir(folder)
     import torch.distributed as dist
 
-    gc.freeze()  # garbage collection skips everything that the fork server has imported
+    collect_garbage()
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     set_threads()
     try:

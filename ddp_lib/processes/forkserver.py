@@ -35,7 +35,7 @@ def start_server(preload: list[str]) -> None:
     from multiprocessing import resource_tracker
     from multiprocessing.forkserver import ensure_running
 
-    here.set_forkserver_preload(preload)
+    here.set_forkserver_preload(["ddp_lib.processes.no_gc", *preload])
     resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the server: a process with threads must not be forked
@@ -82,7 +82,7 @@ def become_rank() -> None:
             stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
     faulthandler.disable()  # torch's agent enables it; here a death by signal is one line
     set_threads()
-    gc.freeze()  # the collector skips what was imported
+    collect_garbage()
     from torch.multiprocessing import _set_thread_name
 
     _set_thread_name(f"ddp-rank{os.environ['RANK']}")  # for ps, top and pkill
@@ -92,6 +92,12 @@ def _stop_after(sentinel: int) -> None:
     """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed)."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def collect_garbage() -> None:
+    """Turns garbage collection on, see no_gc.py; it skips all that was imported so far."""
+    gc.freeze()
+    gc.enable()
 
 
 def set_threads() -> None:

@@ -37,7 +37,8 @@ def test_each_rank_gets_its_variables_and_its_part_of_the_cores(start, tmp_path)
 def test_a_rank_is_a_fork_that_may_use_gpus_and_has_its_own_name_and_threads(start, tmp_path):
     """CUDA refuses forks of a process that has asked for GPUs, even if only for their number."""
     lines = """
-import psutil, torch
+import gc, psutil, torch
+assert gc.isenabled()  # the fork server loads its modules without it
 me = psutil.Process()
 said = [torch.cuda._is_in_bad_fork(), me.name(), torch.get_num_threads(), me.ppid()]
 note("is", json.dumps(said))

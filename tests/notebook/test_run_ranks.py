@@ -85,6 +85,14 @@ def test_a_rank_imports_nothing_to_wrap_a_model_in_ddp():
     assert run_ranks(imported, 2, timeout_s=TIMEOUT_S) == [0, 0]
 
 
+def test_a_rank_collects_garbage_but_not_among_what_was_imported():
+    """The fork server loads its modules without garbage collection."""
+    import gc
+
+    [(enabled, frozen)] = run_ranks(lambda: (gc.isenabled(), gc.get_freeze_count()), 1, timeout_s=TIMEOUT_S)
+    assert enabled and frozen > 100_000
+
+
 def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
     import multiprocessing
 
