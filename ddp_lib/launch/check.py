@@ -137,8 +137,7 @@ def _exchange_reports(
 ) -> tuple[list[Report], list[Measured | None]]:
     """Reports and measurements of all machines that came; UserError if this one reached nobody."""
     came, measured, read = (began + share * timeout_s for share in (_CAME, _MEASURED, _READ))
-    numbered = mine["rank"] is not None
-    server, hosts = host_or_reach(endpoint, mine["hosts"], numbered, _left_s(came), False)
+    server, hosts = host_or_reach(endpoint, mine["hosts"], mine["rank"] is not None, _left_s(came), False)
     mine["hosts"] = hosts  # another check on this computer may be the master
     # Numbered in order of arrival: a --node-rank given twice must not hide a machine.
     group = StoreGroup(dist.PrefixStore("ddp_lib/check", server), 0 if hosts else None, mine["size"])
@@ -152,8 +151,7 @@ def _exchange_reports(
     group.world_size = len(reports)
     others = [n for n, theirs in enumerate(reports) if n != number and theirs["probe"]]
     links = [Link("has no address" if n != number else "") for n in range(len(reports))]
-    probes = [tuple(reports[n]["probe"]) for n in others]
-    for n, link in zip(others, connect_all(probes, _PINGS), strict=True):
+    for n, link in zip(others, connect_all((reports[n]["probe"] for n in others), _PINGS), strict=True):
         links[n] = link
     # All send at once, as a ring all-reduce does.
     group.exchange("connected", None, timeout_s, deadline=measured, complete=False)

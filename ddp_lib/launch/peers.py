@@ -23,14 +23,16 @@ _LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
 def host_or_reach(
     endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool
 ) -> tuple[dist.Store, bool]:
-    """The store, and whether it is here. hosts: host it; but if the machine has got no number, the port may
-    be taken by another launcher of this machine, which hosts it."""
+    """The store, and whether this process hosts it, which it tries first if `hosts`.
+
+    numbered: whether the machine was given a number. PortTaken if the port of number 0 is taken.
+    """
     if hosts:
         try:
             return host_store(endpoint, timeout_s, one_machine), True
         except PortTaken:
             if numbered:
-                raise
+                raise  # without a number, perhaps another launcher of this machine hosts it
     return reach_store(endpoint, timeout_s, one_machine), False
 
 

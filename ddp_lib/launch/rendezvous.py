@@ -58,7 +58,8 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[DynamicRende
     if several:
         peers.announce()
     addresses = endpoint_addresses(endpoint, False)
-    # Whether the name means only loopback here, while the others know it by this machine's one address.
+    # Whether the name means only loopback here: then the ranks use the address that the others know.
     guessed = addresses != endpoint_addresses(endpoint, one_machine=True)
     outward = [a for a in addresses if not is_loopback(a)]
-    return handler, address if here and guessed and len(outward) == 1 else endpoint.host, peers
+    master = address if here and guessed and len(outward) == 1 else endpoint.host
+    return handler, master, peers

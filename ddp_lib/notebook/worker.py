@@ -62,13 +62,12 @@ def run_rank(
     sending = threading.Lock()
 
     def send_stacks() -> None:
-        main = threading.main_thread().ident
         try:
             while True:
                 connection.recv()  # the only request there is: the stack of this rank
-                stack = traceback.extract_stack(sys._current_frames()[main or 0])
+                main = sys._current_frames()[threading.main_thread().ident or 0]
                 with sending:
-                    connection.send(("stack", _frames(stack, files)))
+                    connection.send(("stack", _frames(traceback.extract_stack(main), files)))
         except (EOFError, OSError):
             os._exit(1)  # the notebook's process is gone
 
