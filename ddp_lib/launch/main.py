@@ -14,13 +14,7 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError
-from ddp_lib.launch.options import (
-    CheckOptions,
-    LaunchOptions,
-    count_ranks,
-    pet_variables,
-    read_launch,
-)
+from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
 from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.forkserver import start_server
 from ddp_lib.processes.signals import AGENT, StopSignal, kill_descendants
@@ -67,28 +61,26 @@ def main(argv: list[str] | None = None) -> int:
     """The ddp-launch script; returns its exit status."""
     args = sys.argv[1:] if argv is None else argv
     with as_exit_status() as outcome:
-        match args[:1]:
-            case ["train"]:
-                outcome.status = train(args[1:])
-            case ["check"]:
-                outcome.status = check(args[1:])
-            case ["plot"]:
-                outcome.status = plot(args[1:])
-            case ["-h" | "--help"]:
+        match args:
+            case ["train", *rest]:
+                outcome.status = train(rest)
+            case ["check", *rest]:
+                outcome.status = check(rest)
+            case ["plot", *rest]:
+                plot(rest)
+            case ["-h" | "--help", *_]:
                 print(USAGE, end="")
-            case []:
-                raise UserError("no command given: use ddp-launch train, check or plot")
-            case [other, *_]:
-                raise UserError(f"{other!r} is no command: use ddp-launch train, check or plot")
+            case _:
+                problem = f"{args[0]!r} is no command" if args else "no command given"
+                raise UserError(f"{problem}: use ddp-launch train, check or plot")
     return outcome.status
 
 
-def plot(args: list[str]) -> int:
+def plot(args: list[str]) -> None:
     options = parse(PlotOptions, args, "ddp-launch plot")
     from ddp_lib.report.plots import plot_run
 
     print(plot_run(options.run_dir, options.out or None))
-    return 0
 
 
 def check(args: list[str]) -> int:
@@ -100,25 +92,16 @@ def check(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
-    if given.launch == LaunchOptions() and not pet_variables() and _has_rank():
-        from ddp_lib.train import run
-
-        return run(given.training)
     if given.launch.dry_run:
-        return dry_run(given.launch, given.training)
-    from ddp_lib.train import run_forked
+        from ddp_lib.launch.torchrun_command import plain_command
 
+        print(plain_command(read_launch(given.launch), given.training))
+        return 0
+    from ddp_lib.train import run, run_forked
+
+    if given.launch == LaunchOptions() and not has_pet_variables() and _has_rank():
+        return run(given.training)
     return start_agent(given.launch, given.training.join_timeout_s, run_forked, given.training)
-
-
-def dry_run(options: LaunchOptions, training: TrainConfig) -> int:
-    from ddp_lib.launch.torchrun_command import plain_command
-
-    launch = read_launch(options)
-    nproc = count_ranks(launch.nproc)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(thread_budget(nproc))
-    print(plain_command(launch, nproc, threads, training))
-    return 0
 
 
 def _has_rank() -> bool:
@@ -142,14 +125,12 @@ def start_agent(
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(thread_budget(nproc)))
         # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        where = ""
+        where = socket.gethostname()
         if launch.endpoint is not None:
             address = join_host(launch.endpoint.host, launch.endpoint.port)
-            where = f", one of {launch.nodes_text} machines, meeting at {address},"
+            where += f", one of {launch.nodes_text} machines, meeting at {address}"
         print(
-            f"ddp-launch: starting {nproc} rank(s) on {socket.gethostname()}{where or ','} "
-            f"OMP_NUM_THREADS={threads} a rank",
-            flush=True,
+            f"ddp-launch: starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} a rank", flush=True
         )
         os.environ[AGENT] = "1"
         try:

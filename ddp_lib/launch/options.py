@@ -11,16 +11,6 @@ from ddp_lib.distributed.addresses import Endpoint, port_number
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import UserError
 
-# torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
-_PET = {
-    "nproc_per_node": "PET_NPROC_PER_NODE",
-    "nnodes": "PET_NNODES",
-    "rdzv_endpoint": "PET_RDZV_ENDPOINT",
-    "rdzv_id": "PET_RDZV_ID",
-    "node_rank": "PET_NODE_RANK",
-    "max_restarts": "PET_MAX_RESTARTS",
-}
-
 
 @dataclass(frozen=True)
 class LaunchOptions:
@@ -32,8 +22,8 @@ class LaunchOptions:
     nnodes: str = "1"
     """Machines: a number, or MIN:MAX for an elastic job."""
     rdzv_endpoint: str = ""
-    """HOST:PORT of the machine where all meet, the master; the same on every machine. [address]:PORT
-    for IPv6."""
+    """HOST:PORT of the machine where all meet, the master; the same on every machine. [address]:PORT for
+    IPv6."""
     node_rank: str = ""
     """This machine's number, 0 on the master, if ranks must not depend on which machine comes first."""
     rdzv_id: str = "ddp"
@@ -41,8 +31,7 @@ class LaunchOptions:
     max_restarts: int = 0
     """How often the ranks are started again after one has failed; they resume."""
     dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
-    """Print the torchrun command that does the same on this machine, with its environment; start
-    nothing."""
+    """Print the torchrun command that does the same on this machine, with its environment; start nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +67,28 @@ class Launch:
         return str(low) if low == high else f"{low}:{high}"
 
 
-def pet_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The variables set that give the number of machines, or where they meet."""
-    return [name for name in ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR") if name in environ]
+def has_pet_variables() -> bool:
+    """Whether a variable is set that gives the number of machines, or where they meet."""
+    return not {"PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"}.isdisjoint(os.environ)
 
 
 def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Launch:
-    """The flags, then PET_* variables, then the defaults. UserError if they are wrong."""
-    defaults = LaunchOptions()
-    values, named = dict(vars(options)), {}
-    for field, variable in _PET.items():
-        named[field] = "--" + field.replace("_", "-")
-        if values[field] == getattr(defaults, field) and environ.get(variable, "").strip():
+    """The flags, then PET_* variables, then the defaults. UserError if they are wrong.
+
+    torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
+    """
+    values, named = {}, {}
+    for field, value in vars(options).items():
+        values[field], named[field] = str(value), "--" + field.replace("_", "-")
+        variable = f"PET_{field.upper()}"
+        if value == getattr(LaunchOptions, field) and environ.get(variable, "").strip():
             values[field], named[field] = environ[variable].strip(), variable
     if not values["rdzv_endpoint"] and environ.get("PET_MASTER_ADDR"):
         host, port = environ["PET_MASTER_ADDR"].strip(), environ.get("PET_MASTER_PORT", "29500")
         values["rdzv_endpoint"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         named["rdzv_endpoint"] = "PET_MASTER_ADDR"
     nodes = _nodes(named["nnodes"], values["nnodes"])
-    job = str(values["rdzv_id"]).strip()
+    job = values["rdzv_id"].strip()
     if not job:
         raise UserError("--rdzv-id is empty: give the job a name, the same on every machine")
     endpoint = None
@@ -107,44 +99,32 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ)
             f"{named['nnodes']} {nodes[1]} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
             "such as 192.168.1.10:29500, and the same on all"
         )
-    restarts = _whole(named["max_restarts"], str(values["max_restarts"]), 0, "restarts")
-    nproc = str(values["nproc_per_node"])
-    if nproc not in ("auto", "gpu", "cpu"):
-        _whole(named["nproc_per_node"], nproc, 1, "ranks, or auto, gpu or cpu")
-    return Launch(nproc, nodes, endpoint, _node_rank(named, values, nodes), job, restarts)
-
-
-def _node_rank(named: dict[str, str], values: dict[str, str], nodes: tuple[int, int]) -> int | None:
-    if values["node_rank"] == "" or nodes[1] == 1:
-        return None
-    rank = _whole(named["node_rank"], values["node_rank"], 0, "machines before this one")
-    if rank >= nodes[1]:
-        raise UserError(
-            f"{named['node_rank']} is {rank}, but {named['nnodes']} is {values['nnodes']}: "
-            f"give 0 to {nodes[1] - 1}"
-        )
-    return rank
+    restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts")
+    if values["nproc_per_node"] not in ("auto", "gpu", "cpu"):
+        _whole(named["nproc_per_node"], values["nproc_per_node"], 1, "ranks, or auto, gpu or cpu")
+    node_rank = None
+    if values["node_rank"] and nodes[1] > 1:
+        node_rank = _whole(named["node_rank"], values["node_rank"], 0, "machines before this one")
+        if node_rank >= nodes[1]:
+            raise UserError(
+                f"{named['node_rank']} is {node_rank}, but {named['nnodes']} is {values['nnodes']}: "
+                f"give 0 to {nodes[1] - 1}"
+            )
+    return Launch(values["nproc_per_node"], nodes, endpoint, node_rank, job, restarts)
 
 
 def _whole(flag: str, text: str, least: int, what: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
+    if not text.isdecimal() or int(text) < least:
         raise UserError(f"{flag} is {text!r}: give a number of {what}, at least {least}")
-    return number
+    return int(text)
 
 
 def _nodes(flag: str, text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    try:
-        nodes = int(low), int(high or low)
-    except ValueError:
-        nodes = (0, 0)
-    if not 1 <= nodes[0] <= nodes[1]:
+    high = high or low
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
         raise UserError(f"{flag} {text!r}: give a number of machines, such as 2, or a range, 1:2")
-    return nodes
+    return int(low), int(high)
 
 
 def _endpoint(flag: str, text: str) -> Endpoint:

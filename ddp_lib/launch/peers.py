@@ -1,17 +1,17 @@
-"""What the launchers of a job tell each other over the store."""
+"""What the launchers of a job tell each other over the store, and how they open it."""
 
 import json
-import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch.distributed as dist
 
+from ddp_lib.distributed.addresses import Endpoint
 from ddp_lib.distributed.coordination import wait_for
+from ddp_lib.distributed.store import PortTaken, host_store, reach_store
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 
@@ -20,17 +20,35 @@ from ddp_lib.launch.options import Launch
 _LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
 
 
+def host_or_reach(
+    endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool
+) -> tuple[dist.Store, bool]:
+    """The store, and whether this process hosts it, which it tries first if `hosts`.
+
+    numbered: whether the machine was given a number. PortTaken if the port of number 0 is taken.
+    """
+    if hosts:
+        try:
+            return host_store(endpoint, timeout_s, one_machine), True
+        except PortTaken:
+            if numbered:
+                raise  # without a number, perhaps another launcher of this machine hosts it
+    return reach_store(endpoint, timeout_s, one_machine), False
+
+
 @dataclass
 class Peers:
     """The launchers of a job, connected by the store on the master.
 
-    seen: line and status of another launcher's end, if that stopped this launcher.
+    hosts: whether the store is here. seen: line and status of another launcher's end, if that stopped this
+    launcher.
     """
 
     store: dist.Store
     launch: Launch
-    address: str
-    seen: "tuple[str, int] | None" = None
+    machine: str
+    hosts: bool
+    seen: tuple[str, int] | None = None
     _done: threading.Event = field(default_factory=threading.Event)
     _calling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -41,10 +59,7 @@ class Peers:
 
     def announce(self) -> None:
         """Announces this machine. UserError if its flags contradict those of earlier machines."""
-        me: dict[str, Any] = {
-            "machine": f"{socket.gethostname()} ({self.address})",
-            "nnodes": self.launch.nodes_text,
-        }
+        me = {"machine": self.machine, "nnodes": self.launch.nodes_text}
         number = self.store.add("agents", 1)
         self.store.set(f"agent/{number}", json.dumps(me))
         trouble = ""
@@ -52,14 +67,14 @@ class Peers:
         first = me if text is None else json.loads(text)
         if first["nnodes"] != me["nnodes"]:
             trouble = (
-                f"--nnodes is {me['nnodes']} on {me['machine']}, but {first['nnodes']} on "
+                f"--nnodes is {me['nnodes']} on {self.machine}, but {first['nnodes']} on "
                 f"{first['machine']}: give the same on every machine"
             )
         elif (mine := self.launch.node_rank) is not None:
-            holder = self.store.compare_set(f"number/{mine}", "", me["machine"]).decode()
-            if holder != me["machine"]:
+            holder = self.store.compare_set(f"number/{mine}", "", self.machine).decode()
+            if holder != self.machine:
                 trouble = (
-                    f"number {mine} is taken: it was given to {holder} and to {me['machine']}; "
+                    f"number {mine} is taken: it was given to {holder} and to {self.machine}; "
                     "give each machine a --node-rank of its own"
                 )
         if trouble:
@@ -67,14 +82,13 @@ class Peers:
                 self.publish_end(trouble, 2)
             raise UserError(trouble)
 
-    def arrived(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[str]:
         """The machines that have come so far, in order, each once."""
-        try:
+        with suppress(RuntimeError):
             keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
             machines = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-        except RuntimeError:
-            return []
-        return list({machine["machine"]: machine for machine in machines}.values())
+            return list(dict.fromkeys(machine["machine"] for machine in machines))
+        return []
 
     def publish_end(self, line: str, status: int) -> tuple[str, int]:
         """Ends the job on every machine; returns the line and status that were published first."""
@@ -85,28 +99,26 @@ class Peers:
 
     def read_end(self) -> tuple[str, int] | None:
         """The line and exit status that a launcher has published, if any."""
-        try:
-            text = self.store.get("end").decode() if self.store.check(["end"]) else ""
-        except RuntimeError:
-            return None  # the host is gone; torch's own agent says so
-        if not text:
-            return None
-        with suppress(RuntimeError):
-            self.store.add("read", 1)
+        text = ""
+        with suppress(RuntimeError):  # the host is gone; torch's own agent says so
+            if self.store.check(["end"]):
+                text = self.store.get("end").decode()
+                self.store.add("read", 1)
         status, _, line = text.partition(" ")
-        return line, int(status)
+        return (line, int(status)) if text else None
 
     def wait_until_read(self) -> None:
         """Makes the store's host wait, at most _LINGER_S, until all have read the end."""
         deadline = time.monotonic() + _LINGER_S
         with suppress(RuntimeError):
-            while self.store.check(["end"]) and time.monotonic() < deadline:
+            while self.hosts and self.store.check(["end"]) and time.monotonic() < deadline:
                 if self.store.add("read", 0) >= len(self.arrived()):
                     return
                 time.sleep(0.1)
 
-    def watch(self, call: Callable[[str, int], None]) -> None:
-        """Starts a thread that calls `call` with line and status when another launcher ends the job."""
+    @contextmanager
+    def watching(self, call: Callable[[str, int], None]) -> Iterator[None]:
+        """Inside, a thread calls `call` with line and status if another launcher ends the job."""
 
         def look() -> None:
             while not self._done.wait(_LOOK_S):
@@ -119,8 +131,12 @@ class Peers:
 
         if self.fixed:
             threading.Thread(target=look, name="peers", daemon=True).start()
+        try:
+            yield
+        finally:
+            self.stop_watching()
 
     def stop_watching(self) -> None:
-        """Waits for a call that has begun; none begins after this."""
+        """Before this machine's own end, which the thread would see. Waits for a call that has begun."""
         with self._calling:
             self._done.set()

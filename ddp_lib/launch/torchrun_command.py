@@ -5,15 +5,18 @@ import shlex
 
 from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address
-from ddp_lib.launch.options import Launch
+from ddp_lib.distributed.device import thread_budget
+from ddp_lib.launch.options import Launch, count_ranks
 
 
-def plain_command(launch: Launch, nproc: int, threads: str, training: TrainConfig) -> str:
+def plain_command(launch: Launch, training: TrainConfig) -> str:
     """A shell command in one line: environment, torchrun, its flags, and the training's.
 
-    It differs in two things: torchrun opens its store on all addresses and, unless --node-rank is given,
-    may put rank 0 on another machine.
+    It differs in two things: torchrun opens its store on all addresses and, unless --node-rank is given, may
+    put rank 0 on another machine.
     """
+    nproc = count_ranks(launch.nproc)
+    threads = str(thread_budget(nproc))
     environment = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     names = (*environment, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     environment |= {name: os.environ[name] for name in names if name in os.environ}
@@ -33,15 +36,9 @@ def plain_command(launch: Launch, nproc: int, threads: str, training: TrainConfi
             where = join_host(endpoint.host, endpoint.port)
             words += f"--rdzv-backend c10d --rdzv-endpoint {where} --rdzv-id {launch.job}".split()
             words += ["--rdzv-conf", conf, "--local-addr", own_address(endpoint, False)]
-    words += ["-m", "ddp_lib.train", *flags(training)]
-    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
-    return " ".join(settings + [shlex.quote(word) for word in words])
-
-
-def flags(training: TrainConfig) -> list[str]:
-    """The flags that give this configuration; defaults are left out."""
-    words = []
+    words += ["-m", "ddp_lib.train"]
     for name, value in vars(training).items():
-        if value != getattr(TrainConfig(), name):
+        if value != getattr(TrainConfig, name):
             words += ["--" + name.replace("_", "-"), str(value)]
-    return words
+    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    return " ".join([*settings, shlex.join(words)])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,56 +41,49 @@ def run_nodes(
 ) -> list[NodeResult]:
     """Runs `command` once per node, all on this computer, and returns how each ended, in node order.
 
-    In each argument and each value of `env`, these are filled in: {node}, {nnodes}, {port} (a free
-    port) and {endpoint} (127.0.0.1:port). Each node's output goes to its own file in `log_dir`
-    (default: a new temporary folder). Commands that still run after `timeout_s` seconds, or at an
-    interrupt, are ended with all processes they started. UserError if the command is not found.
+    In each argument and each value of `env`, these are filled in: {node}, {nnodes}, {port} (a free port) and
+    {endpoint} (127.0.0.1:port). Each node's output goes to its own file in `log_dir` (default: a new
+    temporary folder). Commands that still run after `timeout_s` seconds, or at an interrupt, are ended with
+    all processes they started. UserError if the command is not found.
     """
     if nnodes < 1:
         raise UserError(f"nnodes is {nnodes}: give a number of machines, 1 or more")
     folder = Path(log_dir) if log_dir is not None else Path(tempfile.mkdtemp(prefix="nodes-"))
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
+
+    def fill(text: str, node: int) -> str:
+        values = {"node": node, "nnodes": nnodes, "port": port, "endpoint": f"127.0.0.1:{port}"}
+        for name, value in values.items():
+            text = text.replace("{" + name + "}", str(value))
+        return text
+
     # torchrun and ddp-launch are in the same folder as the Python that runs this notebook.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     started: list[subprocess.Popen[bytes]] = []
     logs = [folder / f"node{node}.log" for node in range(nnodes)]
     try:
         for node in range(nnodes):
-            values = {"node": node, "nnodes": nnodes, "port": port, "endpoint": f"127.0.0.1:{port}"}
-
-            def fill(text: str, values: dict[str, object] = values) -> str:
-                for name, value in values.items():
-                    text = text.replace("{" + name + "}", str(value))
-                return text
-
+            own = {name: fill(value, node) for name, value in (env or {}).items()}
             with open(logs[node], "wb") as log:
-                started.append(
-                    subprocess.Popen(
-                        [fill(word) for word in command],
-                        env={
-                            **os.environ,
-                            "PATH": path,
-                            **{name: fill(value) for name, value in (env or {}).items()},
-                        },
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                process = subprocess.Popen(
+                    [fill(word, node) for word in command],
+                    env={**os.environ, "PATH": path, **own},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
+            started.append(process)
         deadline = time.monotonic() + timeout_s
         for process in started:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
-        statuses = [process.poll() for process in started]
+        return [NodeResult(node, started[node].poll(), logs[node]) for node in range(nnodes)]
     except FileNotFoundError:
         raise UserError(f"{command[0]!r} is not found: install it, or give its path") from None
     finally:
         _end(started)
-    return [NodeResult(node, statuses[node], logs[node]) for node in range(nnodes)]
 
 
 def _free_port() -> int:
@@ -98,12 +92,9 @@ def _free_port() -> int:
     A port from that range might be handed out to another program before the master opens it.
     """
     for port in random.sample(range(20000, 30000), 100):
-        with socket.socket() as server:
-            try:
-                server.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
+        with suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return port
     raise UserError("no free port found on 127.0.0.1 between 20000 and 30000: end the programs that use them")
 
 
@@ -118,12 +109,10 @@ def _end(started: list[subprocess.Popen[bytes]]) -> None:
             node = psutil.Process(process.pid)
             running += [node, *node.children(recursive=True)]
             process.terminate()
-    _, alive = psutil.wait_procs(running, timeout=_GRACE_S if running else 0)
+    _, alive = psutil.wait_procs(running, _GRACE_S)
     for survivor in alive:
-        try:
+        with suppress(psutil.NoSuchProcess):
             survivor.kill()
-        except psutil.NoSuchProcess:
-            continue
     for process in started:
         process.wait(_GRACE_S)
     psutil.wait_procs(alive, timeout=_GRACE_S)

@@ -5,30 +5,29 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import cloudpickle
 
 from ddp_lib.errors import UserError
-from ddp_lib.notebook.errors import source_files
 from ddp_lib.notebook.rank_pool import RankPool
 from ddp_lib.processes.forkserver import start_server
 
-# Imported by the fork server, so that ranks need not. DDP imports torch._dynamo when it wraps its first
-# model.
+# Imported by the fork server, so that ranks need not. DDP imports torch._dynamo for its first model.
 PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 
 
 def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Runs `fn(*args)` on `nproc` ranks of this machine; returns their results in rank order.
 
-    The ranks have the environment that torchrun would give them, so `init_process_group("gloo")`
-    and `World.join()` work as they are. The ranks' output is printed here with the prefix `[rank r]`:
-    rank 0's while it runs, then rank 1's, and so on. timeout_s: after this many seconds, ranks that
-    still run count as stuck.
+    The ranks have the environment that torchrun would give them, so `init_process_group("gloo")` and
+    `World.join()` work as they are. The ranks' output is printed here with the prefix `[rank r]`: rank 0's
+    while it runs, then rank 1's, and so on. timeout_s: after this many seconds, ranks that still run count
+    as stuck.
 
-    Raises RankError, which names the rank, if a rank raises an exception, dies or hangs; UserError
-    if the arguments are unusable. No process is left behind, not even after an interrupt.
+    Raises RankError, which names the rank, if a rank raises an exception, dies or hangs; UserError if the
+    arguments are unusable. No process is left behind, not even after an interrupt.
     """
     if nproc < 1:
         raise UserError(f"nproc is {nproc}: give a number of ranks, 1 or more")
@@ -43,18 +42,23 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
         ) from None
     start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        pool = RankPool(nproc, work, Path(folder), source_files(fn))
-        try:
-            return pool.results(timeout_s)
-        finally:
-            pool.end()
+        return RankPool(nproc, work, _source_files(fn), Path(folder)).run(timeout_s)
+
+
+def _source_files(fn: Callable[..., Any]) -> dict[str, str]:
+    """The file of `fn` and of each function beside it, by name, and that of `fn` as "" too."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return {}
+    functions = [f for f in fn.__globals__.values() if isinstance(f, FunctionType)]
+    files = {f.__name__: f.__code__.co_filename for f in functions}
+    return files | {fn.__name__: code.co_filename, "": code.co_filename}
 
 
 def _in_a_notebook() -> bool:
     ipython = sys.modules.get("IPython")
-    return (
-        ipython is not None and ipython.get_ipython() is not None and multiprocessing.parent_process() is None
-    )
+    in_ipython = ipython is not None and ipython.get_ipython() is not None
+    return in_ipython and multiprocessing.parent_process() is None
 
 
 if _in_a_notebook():

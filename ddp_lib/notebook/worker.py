@@ -1,20 +1,17 @@
 """What runs in the processes that `run_ranks` starts: the ranks, and the host of their store.
 
-They are forked from a server that has imported torch. The notebook's process imports this module too,
-to refer to these functions, so torch is not imported at the top: the notebook would wait for it.
+They are forked from a server that has imported torch. The notebook's process imports this module too, to
+refer to these functions, so torch is not imported at the top: the notebook would wait for it.
 """
 
 import gc
 import io
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,58 +20,29 @@ import cloudpickle
 from ddp_lib.processes.forkserver import collect_garbage, set_threads, unblock_sigint
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One line of a stack: its file, its number and its function."""
-
-    file: str
-    line: int
-    function: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An exception in a rank, as text: its objects must not outlive the process."""
-
-    kind: str
-    text: str
-    frames: list[Frame]
-    time: float
-
-
-def _frames(summary: traceback.StackSummary) -> list[Frame]:
-    return [Frame(f.filename, f.lineno or 0, f.name) for f in summary]
-
-
 def host_store(connection: Connection) -> None:
     """Hosts the ranks' store, as torchrun's agent does, until the other end of `connection` closes.
 
-    Sends the store's port over `connection`. The port is open from the moment it is picked, so no
-    other program can take it.
+    Sends the store's port over `connection`. The port is open from the moment it is picked, so no other
+    program can take it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch.distributed as dist
+    from ddp_lib.distributed import store
+    from ddp_lib.distributed.addresses import Endpoint
 
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    store = dist.TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=60),
-        wait_for_workers=False,
-        master_listen_fd=server.detach(),
-    )
-    connection.send(port)
+    server = store.host_store(Endpoint("127.0.0.1", 0), 60.0, one_machine=True)
+    connection.send(server.port)
     connection.poll(None)
-    del store
 
 
-def run_rank(connection: Connection, work: bytes, env: dict[str, str], folder: str, output: str) -> None:
+def run_rank(
+    connection: Connection, work: bytes, files: dict[str, str], env: dict[str, str], folder: str, output: str
+) -> None:
     """The main function of a rank's process; `work` is the pickled function with its arguments.
 
     Over `connection` it first receives the port of the store. It sends ("done", pickled result) or
-    ("failed", Failure), and ("stack", frames) for each message that it gets while it runs.
+    ("failed", arguments of `exception_error`), and ("stack", frames) for each message that it gets while
+    it runs. `files`: see `_frames`. `output`: the file for what it prints.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process handles the interrupt
     unblock_sigint()  # for programs that the function starts
@@ -94,18 +62,17 @@ def run_rank(connection: Connection, work: bytes, env: dict[str, str], folder: s
     sending = threading.Lock()
 
     def send_stacks() -> None:
-        main = threading.main_thread().ident
         try:
             while True:
                 connection.recv()  # the only request there is: the stack of this rank
-                stack = traceback.extract_stack(sys._current_frames()[main or 0])
+                main = sys._current_frames()[threading.main_thread().ident or 0]
                 with sending:
-                    connection.send(("stack", _frames(stack)))
+                    connection.send(("stack", _frames(traceback.extract_stack(main), files)))
         except (EOFError, OSError):
             os._exit(1)  # the notebook's process is gone
 
     threading.Thread(target=send_stacks, name="send_stacks", daemon=True).start()
-    answer = _call_function(work)
+    answer = _call_function(work, files)
     gc.collect()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -126,7 +93,7 @@ def _redirect_output(output: str) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
 
 
-def _call_function(work: bytes) -> tuple[str, Any]:
+def _call_function(work: bytes, files: dict[str, str]) -> tuple[str, Any]:
     """Calls the function and returns the message about its end: see `run_rank`.
 
     This has a frame of its own, so that the function's locals (a DDP model) are freed when it returns.
@@ -134,16 +101,25 @@ def _call_function(work: bytes) -> tuple[str, Any]:
     try:
         function, args = cloudpickle.loads(work)
         result = function(*args)
-        try:
-            return "done", cloudpickle.dumps(result)
-        except Exception as error:
-            text = f"what the function returned cannot be sent back: {_text(error)}"
-            return "failed", Failure(type(error).__name__, text, [], time.time())
     except BaseException as error:
-        frames = _frames(traceback.extract_tb(error.__traceback__))
+        frames = _frames(traceback.extract_tb(error.__traceback__), files)
         traceback.clear_frames(error.__traceback__)
-        return "failed", Failure(type(error).__name__, _text(error), frames, time.time())
+        return "failed", (type(error).__name__, str(error).strip(), frames, time.time())
+    try:
+        return "done", cloudpickle.dumps(result)
+    except Exception as error:
+        text = f"what the function returned cannot be sent back: {error}".strip()
+        return "failed", (type(error).__name__, text, [], time.time())
 
 
-def _text(error: BaseException) -> str:
-    return str(error).strip()
+def _frames(stack: traceback.StackSummary, files: dict[str, str]) -> list[traceback.FrameSummary]:
+    """The frames without their code objects, which cannot be sent, and with the names of their files.
+
+    cloudpickle sends a function without its file's name. `files` has it by the function's name, and as ""
+    for functions inside the one that was sent.
+    """
+    frames = []
+    for f in stack:
+        file = files.get(f.name, files.get("", f.filename)) if f.filename == "<dynamic-code>" else f.filename
+        frames.append(traceback.FrameSummary(file, f.lineno or 0, f.name, lookup_line=False))
+    return frames
