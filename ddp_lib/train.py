@@ -27,7 +27,6 @@ from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
 from ddp_lib.model import build_model
 from ddp_lib.processes.exit_status import as_exit_status
-from ddp_lib.processes.forkserver import become_rank
 from ddp_lib.processes.signals import StopSignal
 from ddp_lib.run_dir import checkpoint
 from ddp_lib.run_dir.log import RunLog
@@ -236,12 +235,6 @@ def run(config: TrainConfig) -> int:
             keep_freed_memory()
         fit(config, world, stop)
     return outcome.status
-
-
-def run_forked(config: TrainConfig) -> None:
-    """Runs a rank that ddp-launch has forked; SystemExit with its status."""
-    become_rank()
-    sys.exit(run(config))
 
 
 def main(argv: list[str] | None = None) -> int:

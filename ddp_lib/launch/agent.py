@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from ddp_lib.launch.options import Launch
 from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.rendezvous import open_rendezvous
 from ddp_lib.processes.exit_status import first_cause, print_error
-from ddp_lib.processes.forkserver import context, no_main_module
+from ddp_lib.processes.forkserver import context, no_main_module, run_rank
 from ddp_lib.processes.signals import kill_descendants, stop_signals
 
 # If this machine's ranks only lost another rank, wait so long for the other machine's reason: a failed rank
@@ -89,9 +88,9 @@ class Agent(LocalElasticAgent):
 
 
 def run_agent(
-    rank: Callable[..., None], args: tuple[object, ...], nproc: int, launch: Launch, join_timeout_s: float
+    function: str, args: tuple[object, ...], nproc: int, launch: Launch, join_timeout_s: float
 ) -> int:
-    """Runs `rank(*args)` as `nproc` ranks here, together with the other machines of `launch`.
+    """Runs `function(*args)` as `nproc` ranks here, together with the other machines of `launch`.
 
     Returns 0, 128 + n if signal n stopped the agent, or the exit status of the rank that failed first,
     after a line that says why. UserError if the machines do not meet.
@@ -105,8 +104,8 @@ def run_agent(
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,
-            entrypoint=rank,
-            args=args,
+            entrypoint=run_rank,
+            args=(function, *args),
             rdzv_handler=handler,
             max_restarts=launch.max_restarts,
             master_addr=master,

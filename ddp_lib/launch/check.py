@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def run_check(launch: LaunchOptions, options: CheckOptions) -> int:
     mine = {**number, **report(launch, options, endpoint, number["rank"])}
     with ExitStack() as stack:
         if mine["address"]:
-            probe = stack.enter_context(Probe(mine["address"]))
+            probe = stack.enter_context(closing(Probe(mine["address"])))
             mine["probe"] = [probe.address, probe.port]
         try:
             reports, measured = _exchange_reports(endpoint, mine, began, options.timeout_s)

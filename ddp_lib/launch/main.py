@@ -1,9 +1,9 @@
 """ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank."""
 
+import gc
 import os
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
 from ddp_lib.processes.exit_status import as_exit_status
-from ddp_lib.processes.forkserver import start_server
+from ddp_lib.processes.forkserver import collect_garbage, start_server
 from ddp_lib.processes.signals import AGENT, StopSignal, kill_descendants
 
 USAGE = """usage: ddp-launch {train,check,plot} ...
@@ -97,11 +97,11 @@ def train(args: list[str]) -> int:
 
         print(plain_command(read_launch(given.launch), given.training))
         return 0
-    from ddp_lib.train import run, run_forked
-
     if given.launch == LaunchOptions() and not has_pet_variables() and _has_rank():
+        from ddp_lib.train import run
+
         return run(given.training)
-    return start_agent(given.launch, given.training.join_timeout_s, run_forked, given.training)
+    return start_agent(given.launch, given.training.join_timeout_s, "ddp_lib.train:run", given.training)
 
 
 def _has_rank() -> bool:
@@ -114,33 +114,32 @@ def _has_rank() -> bool:
     )
 
 
-def start_agent(
-    options: LaunchOptions, join_timeout_s: float, rank: Callable[..., None], *args: object
-) -> int:
-    """Runs `rank(*args)` as this machine's ranks; returns 0, or the status of the first failed rank."""
+def start_agent(options: LaunchOptions, join_timeout_s: float, function: str, *args: object) -> int:
+    """Runs `function(*args)`, package.module:function, as this machine's ranks; returns 0, or the status of
+    the first failed rank."""
     launch = read_launch(options)
     with StopSignal(_GRACE_S, _end_now, impatient=True):
-        nproc = count_ranks(launch.nproc)
-        # Set before torch loads, since torch reads it then.
-        threads = os.environ.setdefault("OMP_NUM_THREADS", str(thread_budget(nproc)))
+        os.environ[AGENT] = "1"
         # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        where = socket.gethostname()
-        if launch.endpoint is not None:
-            address = join_host(launch.endpoint.host, launch.endpoint.port)
-            where += f", one of {launch.nodes_text} machines, meeting at {address}"
-        print(
-            f"ddp-launch: starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} a rank", flush=True
-        )
-        os.environ[AGENT] = "1"
+        # For multiprocessing's resource tracker, which would warn about what it tidies up after all processes
+        # are killed.
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         try:
-            # For multiprocessing's resource tracker, which would warn about what it tidies up after all
-            # processes are killed.
-            sys.warnoptions.append("ignore:resource_tracker:UserWarning")
             start_server(PRELOAD)  # imports torch while the agent does
+            nproc = count_ranks(launch.nproc)
+            threads = os.environ.setdefault("OMP_NUM_THREADS", str(thread_budget(nproc)))
+            where = socket.gethostname()
+            if launch.endpoint is not None:
+                address = join_host(launch.endpoint.host, launch.endpoint.port)
+                where += f", one of {launch.nodes_text} machines, meeting at {address}"
+            text = f"starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} a rank"
+            print(f"ddp-launch: {text}", flush=True)
+            gc.disable()  # modules load a fifth faster
             from ddp_lib.launch.agent import run_agent
 
-            return run_agent(rank, args, nproc, launch, join_timeout_s)
+            collect_garbage()
+            return run_agent(function, args, nproc, launch, join_timeout_s)
         finally:
             del os.environ[AGENT]
 

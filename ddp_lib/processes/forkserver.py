@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any
@@ -70,8 +71,15 @@ def no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def become_rank() -> None:
-    """Sets up this fork's signals, output and threads as torchrun would."""
+def run_rank(function: str, *args: object) -> None:
+    """Makes this fork a rank, with signals, output and threads as torchrun's; its exit status is what
+    `function` returns. It is named as package.module:function, so that the launcher need not import it."""
+    _become_rank()
+    module, _, name = function.partition(":")
+    sys.exit(getattr(import_module(module), name)(*args) or 0)  # torch's agent knows no other success
+
+
+def _become_rank() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     unblock_sigint()
     agent = multiprocessing.parent_process()

@@ -2,9 +2,6 @@
 
 import runpy
 
-from ddp_lib.processes.forkserver import become_rank
-
 
 def run(path: str) -> None:
-    become_rank()
     runpy.run_path(path)

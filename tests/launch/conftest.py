@@ -14,12 +14,11 @@ AGENT = """
 import sys
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.exit_status import as_exit_status
-from tests.lab.rank_script import run
 launch._GRACE_S = float(sys.argv[1])
 launch.PRELOAD = ["torch"]  # all that the workers below need: half of what a training loads
 flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
 with as_exit_status() as outcome:
-    outcome.status = launch.start_agent(flags, 20.0, run, sys.argv[2])
+    outcome.status = launch.start_agent(flags, 20.0, "tests.lab.rank_script:run", sys.argv[2])
 sys.exit(outcome.status)
 """
 
