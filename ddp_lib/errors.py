@@ -1,9 +1,5 @@
 """UserError: a mistake that the reader can correct."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 
 class UserError(Exception):
     """A problem that the reader can solve. Its text is one line that names the value and the cure. Entry
@@ -12,17 +8,6 @@ class UserError(Exception):
 
 class PeerError(UserError):
     """Another rank's UserError, heard from it."""
-
-
-@contextmanager
-def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
-    """Turns an OSError into a UserError that names `path` and ends with `kept`: what is not lost."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
-        ) from None
 
 
 def first_line(error: BaseException) -> str:

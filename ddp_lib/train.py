@@ -91,7 +91,7 @@ def fit(
                 save()
             if signal:
                 log.end(step, f"signal {signal}")
-                run.log_sync.send()
+                run.sync_logs()
                 if world.is_main:
                     progress.say(
                         f"stopped by signal {signal} at step {step} of {total_steps}; "
@@ -138,7 +138,7 @@ def fit(
                 save()
                 evaluation = evaluate(model, data, world)
                 metrics.report(step, train_loss, images_per_s, evaluation)
-                run.log_sync.send()
+                run.sync_logs()
             # None if the run was killed between its last checkpoint and its results.
             evaluation = evaluation or evaluate(model, data, world)
             summary = {
@@ -160,7 +160,7 @@ def fit(
                 write_results(run.folder, copy_state(model), summary)
                 progress.say(f"{evaluation}; model in {run.folder}/cifar_net.pth")
             log.end(step, "finished")
-            run.log_sync.send()
+            run.sync_logs()
             return summary
 
 

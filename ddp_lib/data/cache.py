@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,19 +49,6 @@ def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Abs
         ) from None
 
 
-def array_sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
-
-
-def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
-    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
-        if (meta["made_from"], meta["bytes"]) == (made_from, array_sizes(cache)):
-            return meta
-    return None
-
-
 def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
     """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache. Returns
     the metadata."""
@@ -90,7 +77,7 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
             "std": std,
             "digest": digest.hexdigest(),
             "made_from": made_from,
-            "bytes": array_sizes(folder),
+            "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
         }
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         shutil.rmtree(cache, ignore_errors=True)  # damaged, or made from a source that has changed

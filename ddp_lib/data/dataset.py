@@ -1,15 +1,18 @@
 """Data sets as uint8 tensors, shared by a machine's ranks."""
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_lib.data import shapes
-from ddp_lib.data.cache import ARRAYS, RawDataset, cache_lock, read_meta, write_cache
+from ddp_lib.data.cache import ARRAYS, META, RawDataset, cache_lock, write_cache
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
 from ddp_lib.errors import UserError
@@ -89,6 +92,15 @@ def load_dataset(
     mean, std = tuple(meta["mean"]), tuple(meta["std"])
     train, test = Split(*arrays[:2]), Split(*arrays[2:])
     return Dataset(source, tuple(meta["classes"]), train, test, mean, std, meta["digest"])
+
+
+def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
+    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
+        sizes = {name: (cache / f"{name}.npy").stat().st_size for name in ARRAYS}
+        return meta if (meta["made_from"], meta["bytes"]) == (made_from, sizes) else None
+    return None
 
 
 def digest_of(source: str, data_dir: str | Path = "data") -> str:

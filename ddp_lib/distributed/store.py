@@ -193,6 +193,22 @@ def reach_store(
     return client
 
 
+def host_or_reach(
+    endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool
+) -> tuple[dist.Store, bool]:
+    """The store, and whether this process hosts it, which it tries first if `hosts`.
+
+    numbered: whether the machine was given a number. PortTaken if the port of number 0 is taken.
+    """
+    if hosts:
+        try:
+            return host_store(endpoint, timeout_s, one_machine), True
+        except PortTaken:
+            if numbered:
+                raise  # without a number, perhaps another launcher of this machine hosts it
+    return reach_store(endpoint, timeout_s, one_machine), False
+
+
 def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     """Connects in a thread, since torch waits forever for the first byte of a program that accepts.
 

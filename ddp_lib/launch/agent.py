@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 from torch.distributed import DistError
@@ -128,8 +128,9 @@ def run_agent(
 
 def _run(agent: Agent, join_timeout_s: float) -> int:
     peers = agent.peers
+    watching = peers.watching(_stop) if peers.launch.endpoint else nullcontext()
     try:
-        with peers.watching(_stop), no_main_module():
+        with watching, no_main_module():
             result = agent.run()
     except SystemExit as stopped:  # from our handler, before torch's is there
         if isinstance(stopped.code, int):

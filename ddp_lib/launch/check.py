@@ -22,11 +22,10 @@ from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
-from ddp_lib.distributed.store import wait_for_name
+from ddp_lib.distributed.store import host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.diagnosis import Measured, Report, causes, table
 from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
-from ddp_lib.launch.peers import host_or_reach
 
 # Fractions of --timeout-s by which all must have come, measured, and read the others' results.
 _CAME, _MEASURED, _READ = 0.5, 0.8, 0.9

@@ -1,4 +1,4 @@
-"""What the launchers of a job tell each other over the store, and how they open it."""
+"""What the launchers of a job tell each other over the store."""
 
 import json
 import threading
@@ -9,31 +9,13 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from ddp_lib.distributed.addresses import Endpoint
 from ddp_lib.distributed.coordination import wait_for
-from ddp_lib.distributed.store import PortTaken, host_store, reach_store
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
 
 # How often a launcher checks whether another has ended the job; how long the store's host waits for the
 # others to read that before it leaves; how long the first launcher may take to announce itself.
 _LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
-
-
-def host_or_reach(
-    endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool
-) -> tuple[dist.Store, bool]:
-    """The store, and whether this process hosts it, which it tries first if `hosts`.
-
-    numbered: whether the machine was given a number. PortTaken if the port of number 0 is taken.
-    """
-    if hosts:
-        try:
-            return host_store(endpoint, timeout_s, one_machine), True
-        except PortTaken:
-            if numbered:
-                raise  # without a number, perhaps another launcher of this machine hosts it
-    return reach_store(endpoint, timeout_s, one_machine), False
 
 
 @dataclass

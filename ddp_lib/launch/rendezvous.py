@@ -16,10 +16,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from ddp_lib.distributed.addresses import Endpoint, endpoint_addresses, is_here, is_loopback, own_address
-from ddp_lib.distributed.store import wait_for_name
+from ddp_lib.distributed.store import host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
-from ddp_lib.launch.peers import Peers, host_or_reach
+from ddp_lib.launch.peers import Peers
 
 # How long an elastic job with its minimum of machines waits for more; later ones may still join.
 _LAST_CALL_S = 10

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ddp_lib.errors import UserError, name_disk_errors
+from ddp_lib.errors import UserError
+from ddp_lib.run_dir.log import name_disk_errors
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"

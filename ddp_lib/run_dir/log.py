@@ -11,11 +11,11 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_lib.errors import UserError, name_disk_errors
+from ddp_lib.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,17 @@ _COLUMNS = {
     **dict.fromkeys(("loss", "lr", "data_s", "compute_s", "step_s", "time"), "float64"),
 }
 LogSize = list[int]  # of a log: its rank, number of starts, bytes; a list, since it is sent as JSON
+
+
+@contextmanager
+def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
+    """Turns an OSError into a UserError that names `path` and ends with `kept`: what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
+        ) from None
 
 
 class RunLog(AbstractContextManager["RunLog"]):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
-from ddp_lib.errors import name_disk_errors
 from ddp_lib.run_dir.checkpoint import write_atomic
-from ddp_lib.run_dir.log import LogSize, log_path
+from ddp_lib.run_dir.log import LogSize, log_path, name_disk_errors
 
 
 def copy_newest_logs(folder: Path, world: World, writers: list[int], sizes: list[list[LogSize]]) -> None:
@@ -37,14 +36,12 @@ class LogSync:
 
     def __init__(self, folder: Path, world: World, writers: list[int]) -> None:
         self.folder, self.world = folder, world
-        self.is_shared, self.is_far = len(set(writers)) == 1, writers[world.rank] != writers[0]
+        self.is_far = writers[world.rank] != writers[0]
         path = log_path(folder, world.rank)
         self.sent = path.stat().st_size if path.exists() else 0
 
     def send(self) -> None:
         """All ranks call it. UserError if the master's disk refuses."""
-        if self.is_shared:
-            return
         new = b""
         if self.is_far:
             with open(log_path(self.folder, self.world.rank), "rb") as file:

@@ -44,7 +44,12 @@ class Run:
     began: float  # when the run first started (Unix time), its identity
     resumed: dict[str, Any] | None  # the checkpoint to continue from
     finished: dict[str, Any] | None  # the summary, if nothing is left to do
-    log_sync: LogSync  # brings the master's copies of all ranks' logs up to date
+    log_sync: LogSync | None  # None if all machines share the folder
+
+    def sync_logs(self) -> None:
+        """Brings the master's copies of all ranks' logs up to date; all ranks call it."""
+        if self.log_sync is not None:
+            self.log_sync.send()
 
 
 @contextmanager
@@ -72,9 +77,10 @@ def open_run(config: TrainConfig, world: World, total_steps: int) -> Iterator[Ru
             move_aside(folder, world, "of an earlier run than another machine's")
         copies = [Copy(copy.host) if copy.is_older_than(began) else copy for copy in copies]
         source = newest_checkpoint(copies, config)
-        copy_newest_logs(folder, world, writers, [copy.logs for copy in copies])
-        log_sync = LogSync(folder, world, writers)
-        resumed = finished = None
+        log_sync = resumed = finished = None
+        if len(set(writers)) > 1:
+            copy_newest_logs(folder, world, writers, [copy.logs for copy in copies])
+            log_sync = LogSync(folder, world, writers)
         if source is not None:
             finished = copies[0].summary if copies[source].step >= total_steps else None
             if copies[world.rank].damage:

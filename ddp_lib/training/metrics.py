@@ -7,6 +7,7 @@ step is queued, so on a GPU a step is read and logged one step later.
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class EpochMetrics:
     _began_s: float = field(default_factory=time.perf_counter)
     _read_s: float = field(default_factory=time.perf_counter)  # when the last step was read
     _queued: list[_Step] = field(default_factory=list)
-    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
+    _recent_s: deque[float] = field(default_factory=partial(deque, maxlen=_SHOWN_STEPS))
 
     def record(
         self, step: int, samples: int, lr: float, data_s: float, loss: torch.Tensor, status: Status

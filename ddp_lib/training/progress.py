@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ddp_lib.distributed.world import World
@@ -21,12 +22,14 @@ class Progress:
     steps_per_epoch: int
     _next_line_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.bar: Any = None
+    @cached_property
+    def bar(self) -> Any:
+        """tqdm's bar, if this rank shows one."""
         if self.world.local_rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.steps_per_epoch, unit="batch", dynamic_ncols=True)
+            return tqdm(total=self.steps_per_epoch, unit="batch", dynamic_ncols=True)
+        return None
 
     def say(self, text: str) -> None:
         """Prints a line of this rank, above the bar if there is one."""
@@ -57,5 +60,5 @@ class Progress:
             )
 
     def close(self) -> None:
-        if self.bar is not None:
+        if vars(self).get("bar") is not None:
             self.bar.close()
