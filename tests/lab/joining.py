@@ -16,6 +16,8 @@ except UserError as error:
     sys.exit(2)
 """
 
+# torch loads a fifth faster without garbage collection.
+QUICKLY = "import gc\ngc.disable()\nimport torch\ngc.enable()\n"
 TIMEOUT_S = 60
 
 
@@ -23,7 +25,7 @@ def start(join_timeout_s: float = 30, code: str = JOIN, **variables) -> subproce
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_"))}
     env |= {k: str(v) for k, v in variables.items()}
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(join_timeout_s)],
+        [sys.executable, "-c", QUICKLY + code, str(join_timeout_s)],
         env=env,
         text=True,
         stdout=subprocess.PIPE,
