@@ -27,7 +27,9 @@ def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, s
     if asked not in ("auto", "gloo", "nccl"):
         raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
     if asked == "nccl" and gpus < local_world_size:
-        raise UserError(f"--backend nccl needs a GPU a local rank, and there are {have}: use --backend gloo")
+        raise UserError(
+            f"--backend nccl needs one GPU per local rank, and there are {have}: use --backend gloo"
+        )
     if asked != "auto":
         return asked, "asked for"
     return ("nccl" if gpus >= local_world_size else "gloo"), have

@@ -137,7 +137,7 @@ def start_agent(options: LaunchOptions, join_timeout_s: float, function: str, *a
             if launch.endpoint is not None:
                 address = join_host(launch.endpoint.host, launch.endpoint.port)
                 where += f", one of {launch.nodes_text} machines, meeting at {address}"
-            text = f"starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} a rank"
+            text = f"starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} per rank"
             print(f"ddp-launch: {text}", flush=True)
             from ddp_lib.launch.agent import run_agent
 

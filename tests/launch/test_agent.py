@@ -19,7 +19,7 @@ def test_each_rank_gets_its_variables_and_its_part_of_the_cores(start, tmp_path)
     cores = thread_budget(2)
     assert (status, err) == (0, [])
     assert out.splitlines() == [
-        f"ddp-launch: starting 2 rank(s) on {HOST}, OMP_NUM_THREADS={cores} a rank",
+        f"ddp-launch: starting 2 rank(s) on {HOST}, OMP_NUM_THREADS={cores} per rank",
         "hello",
         "hello",
     ]
