@@ -19,7 +19,7 @@ TIMEOUT_S = 400
 
 @pytest.fixture
 def compiling(monkeypatch, tmp_path, images_folder, shared_cache):
-    """compiling(name, compiled): trains the least model for an epoch, as one rank; returns its folder."""
+    """compiling(compiled): trains the least model for an epoch, as one rank; returns the run's folder."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     # One thread: else torch starts a pool of processes, each of which imports torch.
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -34,12 +34,13 @@ def compiling(monkeypatch, tmp_path, images_folder, shared_cache):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here: apt install g++")
-def test_a_compiled_model_trains_alike(compiling):
+def test_a_compiled_model_trains_alike(compiling, tmp_path):
     plain, compiled = (
         torch.load(compiling(how) / "cifar_net.pth", weights_only=True) for how in (False, True)
     )
     for name, value in plain.items():
         torch.testing.assert_close(value, compiled[name], rtol=0, atol=1e-9)
+    assert any((tmp_path / "cache").rglob("*.cpp"))  # it was compiled
 
 
 def test_a_missing_compiler_is_named(tmp_path, images_folder, shared_cache):
