@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ddp_lib.notebook.run_ranks import PRELOAD
 from tests.lab.images import write_images
 from tests.lab.once import Once
 from tests.lab.processes import TIMEOUT_S
@@ -100,6 +101,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     yield
     if processes_started and item.get_closest_marker("process") is None:
         pytest.fail(f"starts a process without the marker `process`: {processes_started[0]}")
+
+
+# What tests with ranks import besides what run_ranks preloads itself: once instead of in each rank.
+PRELOAD.extend(["torchvision.datasets", "torchvision.transforms"])
 
 
 # Fixtures

@@ -8,7 +8,7 @@ import torch
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.coordination import all_gather_results, broadcast_result, compare
 from ddp_lib.distributed.world import World
-from tests.lab.joining import four, outcome, start
+from tests.lab.joining import fork_pairs, four, outcome, start
 from tests.lab.ports import free_port
 
 
@@ -61,9 +61,9 @@ def threads():
 with World.join() as world:
     model = DistributedDataParallel(torch.nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()
-    print("before:", *threads())
+    print(" ".join(["before:", *threads()]) + "\\n", end="")
     del model
-print("after:", *threads())
+print(" ".join(["after:", *threads()]) + "\\n", end="")
 """
 
 
@@ -71,11 +71,13 @@ print("after:", *threads())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in Linux's /proc")
 def test_no_thread_of_the_group_outlives_it():
     """One that frees what Python owns while the interpreter goes down would abort it."""
-    port = free_port()
-    for process in [start(code=THREADS, **four(rank, port)) for rank in (0, 1)]:
-        code, text = outcome(process)
-        before, _, after = text.partition("after:")
-        assert code == 0 and "gloo" in before and after and "gloo" not in after
+    statuses, text = fork_pairs(THREADS, [free_port()])
+    assert statuses == [0, 0], text
+    lines = [line.partition(": ") for line in text.splitlines()]
+    assert [("gloo" in names, when) for when, _, names in sorted(lines) if when in ("before", "after")] == [
+        *[(False, "after")] * 2,
+        *[(True, "before")] * 2,
+    ], text
 
 
 LEAVE = """
@@ -98,11 +100,6 @@ with World.join(join_timeout_s=30) as world:
 @pytest.mark.ranks
 @pytest.mark.parametrize("fail", [False, True])
 def test_a_model_left_in_a_function_does_not_abort_at_exit(fail):
-    for _ in range(2):
-        port = free_port()
-        code = LEAVE.replace("FAIL", str(fail))
-        started = [start(30, code, **four(rank, port)) for rank in (0, 1)]
-        for process in started:
-            status, text = outcome(process)
-            assert status == (1 if fail else 0), text
-            assert "terminate called" not in text
+    statuses, text = fork_pairs(LEAVE.replace("FAIL", str(fail)), [free_port(), free_port()])
+    assert statuses == [int(fail)] * 4, text
+    assert "terminate called" not in text
