@@ -25,6 +25,8 @@ class TrainConfig:
     train/<class>/* and test/<class>/* images."""
     data_dir: str = "data"
     """Folder for downloads and for the decoded images, which all ranks of a machine use."""
+    image_size: int = 32
+    """Pixels square to which the images of a folder are resized; cifar10 and shapes have 32."""
     run_dir: str = "runs/default"
     """Folder of this run: logs, checkpoint, cifar_net.pth. If it holds a run, that run is resumed."""
     model: str = "ddp_lib.model:SimpleModel"
@@ -32,7 +34,7 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training images."""
     global_batch_size: int = 128
-    """Images per step over all ranks together; each rank takes global_batch_size / world size."""
+    """Images per step over all ranks together, divided among the ranks."""
     accumulate: int = 1
     """Micro-batches per rank and step; their gradients are added up and communicated once."""
     lr: float = 0.2
@@ -77,6 +79,7 @@ class TrainConfig:
                     raise UserError(f"--{field.replace('_', '-')} is {value!r}: {cure}")
 
         require("epochs global_batch_size accumulate", lambda n: n >= 1, "give a whole number of at least 1")
+        require("image_size", lambda n: n >= 8, "give a number of pixels, 8 or more")
         seconds = "join_timeout_s timeout_s data_timeout_s checkpoint_every_s"
         require(f"lr {seconds}", lambda x: 0 < x < math.inf, "give a number above 0")
         require("momentum label_smoothing warmup", lambda x: 0 <= x < 1, "give a number from 0 to below 1")

@@ -1,13 +1,28 @@
 """UserError: a mistake that the reader can correct."""
 
+# Exit statuses, by which a job scheduler decides: see README. 75 is EX_TEMPFAIL of sysexits.h.
+WILL_FAIL_AGAIN, MAY_PASS = 2, 75
+
 
 class UserError(Exception):
     """A problem that the reader can solve. Its text is one line that names the value and the cure. Entry
-    points print that line without a traceback and exit with status 2."""
+    points print that line without a traceback and exit with its status."""
+
+    status = WILL_FAIL_AGAIN
+
+
+class TransientError(UserError):
+    """A problem that may be gone at the next start: a peer that is late, a link that is down, a full disk."""
+
+    status = MAY_PASS
 
 
 class PeerError(UserError):
-    """Another rank's UserError, heard from it."""
+    """Another rank's UserError, heard from it, with its status."""
+
+    def __init__(self, text: str, status: int = WILL_FAIL_AGAIN) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def first_line(error: BaseException) -> str:
@@ -18,8 +33,31 @@ def first_line(error: BaseException) -> str:
 
 # What gloo and NCCL say on the ranks that survive when a peer is gone, or silent: a consequence of another
 # rank's failure.
-PEER_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
-_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "Application timeout")
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "remote process",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "Connection was likely closed",
+    "Connection closed by remote peer",
+    "connectFullMesh failed",
+)
+_TIMED_OUT = (
+    "Timed out",
+    "timed out",
+    "Timeout",
+    "Application timeout",
+    "wait timeout",
+    "Wait timeout",
+    "Watchdog caught collective",
+)
+
+
+def lost_a_peer(text: str) -> bool:
+    """Whether this is what torch says when another rank has left, died or does not come."""
+    return any(sign in text for sign in (*PEER_GONE, *_TIMED_OUT))
 
 
 def is_peer_gone(error: BaseException) -> bool:

@@ -26,12 +26,20 @@ from ddp_lib.distributed.device import keep_freed_memory
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
 from ddp_lib.model import build_model
-from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.exit_status import as_exit_status, may_pass_once
 from ddp_lib.processes.signals import StopSignal
-from ddp_lib.run_dir import checkpoint
+from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.log import RunLog
 from ddp_lib.run_dir.resume import open_run, write_results
-from ddp_lib.training.ddp import copy_state, gradient_sync, share_buffers, warm_up, weights_sha256, wrap
+from ddp_lib.training.ddp import (
+    check_replicas,
+    copy_state,
+    gradient_sync,
+    share_buffers,
+    warm_up,
+    weights_sha256,
+    wrap,
+)
 from ddp_lib.training.evaluate import evaluate
 from ddp_lib.training.metrics import EpochMetrics
 from ddp_lib.training.optim import autocast, make_optimizer, micro_batches, pick_precision, set_learning_rate
@@ -47,40 +55,46 @@ def fit(
     finite. SystemExit(128 + n), after a checkpoint, if `stop` has seen signal n on any rank.
     """
     stop = stop or StopSignal()
-    share = batch_share(config.global_batch_size, world.world_size, config.accumulate)
+    share = batch_share(config.global_batch_size, world.world_size, world.rank, config.accumulate)
     precision, why = pick_precision(config.precision, world.device)
     data = load_same_data(config, precision, world, data)
     sampler = TrainSampler(
         len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )
     total_steps = config.epochs * len(sampler)
-    with open_run(config, world, total_steps) as run:
+    with open_run(config, world, total_steps, data.digest) as run:
         if run.finished is not None:
             world.say(f"{run.folder} is finished; more --epochs would go on from there")
             return run.finished
         world.say(f"precision {precision} ({why})")
+        if config.global_batch_size % world.world_size:
+            larger = config.global_batch_size % world.world_size
+            world.say(
+                f"{world.world_size} ranks do not divide the global batch of {config.global_batch_size}: "
+                f"{share} images on the first {larger}, {share - 1} on the others; gradients are weighted"
+            )
         data = data.to_device(world.device)
         model, net, optimizer = make_replica(config, world, data, share, precision, run.resumed)
         dtype = next(model.parameters()).dtype
         step = int(run.resumed["step"]) if run.resumed else 0
         saved_s = time.monotonic()
 
+        def state() -> dict[str, Any]:
+            return {
+                "model": copy_state(model),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "epoch": step // len(sampler),
+                "config": asdict(config),
+                "versions": world.versions,
+            }
+
         def save() -> None:
             """One rank per disk writes a checkpoint; the others wait for it at the next all-reduce."""
             nonlocal saved_s
             share_buffers(model, world)
-            if run.is_writer:
-                began_s = time.perf_counter()
-                state = {
-                    "model": copy_state(model),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "epoch": step // len(sampler),
-                    "config": asdict(config),
-                    "versions": world.versions,
-                    "began": run.began,
-                }
-                checkpoint.save(run.folder, checkpoint.to_bytes(state))
+            began_s = time.perf_counter()
+            if run.checkpoint.save(state, step):
                 log.write(event="checkpoint", step=step, seconds=time.perf_counter() - began_s)
             saved_s = time.monotonic()
 
@@ -91,7 +105,7 @@ def fit(
                 save()
             if signal:
                 log.end(step, f"signal {signal}")
-                run.sync_logs()
+                run.checkpoint.sync_logs()
                 if world.is_main:
                     progress.say(
                         f"stopped by signal {signal} at step {step} of {total_steps}; "
@@ -100,7 +114,8 @@ def fit(
                 raise SystemExit(128 + signal)
 
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
-        with log, closing(progress):
+        first_step = step
+        with log, closing(progress), may_pass_once(lambda: step > first_step):
             stop.deferred = True  # from here on, a signal takes effect after the current step
             log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
             train_loss = images_per_s = evaluation = None
@@ -113,7 +128,7 @@ def fit(
                     began_s = time.perf_counter()
                     lr = set_learning_rate(optimizer, config, step, total_steps)
                     # For dropout: depends only on the step, so resuming needs no state.
-                    torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + world.rank)
+                    torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)
                     x, y = make_batch(data.train, indices, data, world.device, dtype, augment)
                     data_s = time.perf_counter() - began_s
                     loss = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -123,11 +138,12 @@ def fit(
                             with autocast(precision, world.device):
                                 logits = net(xs).to(dtype)
                             part = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing)
-                            loss += part.detach() / config.accumulate
+                            loss += part.detach() * (len(ys) / len(y))
                             if last:  # one small all-reduce that hides behind backward
                                 due = time.monotonic() - saved_s > config.checkpoint_every_s
                                 status = all_reduce_status(loss, stop.requested, due, world)
-                            (part / config.accumulate).backward()  # DDP averages the gradients here
+                            # DDP averages the gradients over the ranks here: each image counts alike.
+                            (part * (len(ys) * world.world_size / config.global_batch_size)).backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     signal_and_due = metrics.record(step, len(indices), lr, data_s, loss, status)
@@ -135,10 +151,11 @@ def fit(
                     stop_or_save(*signal_and_due)
                 stop_or_save(*metrics.flush())
                 train_loss, images_per_s = metrics.totals()
+                check_replicas(model, world)
                 save()
                 evaluation = evaluate(model, data, world)
                 metrics.report(step, train_loss, images_per_s, evaluation)
-                run.sync_logs()
+                run.checkpoint.sync_logs()
             # None if the run was killed between its last checkpoint and its results.
             evaluation = evaluation or evaluate(model, data, world)
             summary = {
@@ -160,7 +177,7 @@ def fit(
                 write_results(run.folder, copy_state(model), summary)
                 progress.say(f"{evaluation}; model in {run.folder}/cifar_net.pth")
             log.end(step, "finished")
-            run.sync_logs()
+            run.checkpoint.sync_logs()
             return summary
 
 
@@ -173,7 +190,9 @@ def load_same_data(config: TrainConfig, precision: str, world: World, data: Data
     compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
         say = partial(world.say, every_node=True)
-        data = load_dataset(config.data, config.data_dir, config.data_timeout_s, log=say)
+        data = load_dataset(
+            config.data, config.data_dir, config.data_timeout_s, say, image_size=config.image_size
+        )
     images = {"the number of training images": len(data.train), "the digest of the data": data.digest[:16]}
     compare(world, "data", images, "copy the same data to every machine", config.data_timeout_s)
     return data
@@ -192,7 +211,7 @@ def make_replica(
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = build_model(config.model, len(data.classes))
     if config.init_from:
-        checkpoint.load_weights(config.init_from, model)
+        checkpoint_file.load_weights(config.init_from, model)
     # The type of parameters, batches and losses; only autocast uses bf16.
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model.to(world.device, dtype).to(memory_format=torch.channels_last)
@@ -200,7 +219,6 @@ def make_replica(
         model.compile()
     optimizer = make_optimizer(config, model)
     net = wrap(model, world)
-    weights = resumed["model"] if resumed else copy_state(model)
     x, _ = make_batch(data.train, torch.arange(share), data, world.device, dtype)
     try:
         with autocast(precision, world.device):
@@ -212,8 +230,8 @@ def make_replica(
             f"--compile True: the model cannot be compiled here ({first_line(error)}): install "
             "a C++ compiler, or leave the flag out"
         ) from error
-    model.load_state_dict(weights)
     if resumed:
+        model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
     return model, net, optimizer
 

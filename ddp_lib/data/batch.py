@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 
-from ddp_lib.data.cache import SIDE
 from ddp_lib.data.dataset import Dataset, Split
 
-# Black pixels added on each side before a random crop: usually 4, but 2 is better for only ten epochs.
-PADDING = 2
-_POSITIONS = 2 * PADDING + 1
+# Black pixels added on each side before a random crop, as a part of the side: 2 of 32. Usually that is 4, but
+# 2 is better for only ten epochs.
+_PADDING = 1 / 16
 
 
 def make_batch(
@@ -23,51 +22,60 @@ def make_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples `indices` (int64, (B,)) of `split` as a batch on `device`.
 
-    Returns x, `dtype` (B, 3, 32, 32) in channels_last layout, normalised with the data set's mean and std,
-    and y, int64 (B,). `augment=(seed, epoch)` crops at random after padding by 2 pixels and flips half of the
-    images on average. A sample's crop and flip depend only on (seed, epoch, its index), so they are the same
-    on any rank, in any batch and after a restart.
+    Returns x, `dtype` (B, 3, S, S) in channels_last layout, normalised with the data set's mean and std, and
+    y, int64 (B,). `augment=(seed, epoch)` crops at random after padding (by 2 of 32 pixels) and flips half of
+    the images on average. A sample's crop and flip depend only on (seed, epoch, its index), so they are the
+    same on any rank, in any batch and after a restart.
     """
     # Without non_blocking, a copy to a GPU would wait for all work that is queued there.
     indices = indices.to(split.images.device, non_blocking=True)
     pixels = split.images.index_select(0, indices)
     if augment is not None:
-        pixels = crop_and_flip(pixels, random_below(2 * _POSITIONS**2, *augment, indices))
+        choices = 2 * (2 * padding_of(pixels) + 1) ** 2
+        pixels = crop_and_flip(pixels, random_below(choices, *augment, indices))
     # Copied to the device as uint8: a quarter of the bytes of float32.
     pixels = pixels.to(device, non_blocking=True)
     labels = split.labels.index_select(0, indices).to(device, non_blocking=True)
-    scale, shift = _scale_and_shift(dataset.mean, dataset.std, dtype, torch.device(device))
+    side = pixels.shape[1]
+    scale, shift = _scale_and_shift(dataset.mean, dataset.std, side, dtype, torch.device(device))
     x = torch.addcmul(shift, pixels.flatten(1).to(dtype), scale)
-    return x.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2), labels
+    return x.view(-1, side, side, 3).permute(0, 3, 1, 2), labels
 
 
 @lru_cache(maxsize=8)
 def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], side: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p / 255 - mean) / std as one scale and one shift per channel, each `dtype` (3072,): repeated for all
-    32 * 32 pixels of an image, so that the processor works on long rows and not on rows of three."""
+    """(p / 255 - mean) / std as one scale and one shift per channel, each `dtype` (3 * side * side,):
+    repeated for all pixels of an image, so that the processor works on long rows, not on rows of three."""
     means, stds = torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)
-    scale, shift = (1 / (255 * stds)).repeat(SIDE * SIDE), (-means / stds).repeat(SIDE * SIDE)
+    scale, shift = (1 / (255 * stds)).repeat(side * side), (-means / stds).repeat(side * side)
     return scale.to(device), shift.to(device)
 
 
-def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """Pads uint8 images (B, 32, 32, 3) with 2 black pixels, crops each to 32 x 32, flips some.
+def padding_of(images: torch.Tensor) -> int:
+    """Pixels that `crop_and_flip` adds on each side of images (B, S, S, 3)."""
+    return max(1, round(images.shape[1] * _PADDING))
 
-    `draw`, int64 (B,), 0..49, encodes an image's crop and flip: top + 5 * (left + 5 * flip), with top and
-    left in 0..4 and flip 0 or 1. Returns uint8 (B, 32, 32, 3).
+
+def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """Pads uint8 images (B, S, S, 3) with P = padding_of(images) black pixels, crops each to S x S, flips
+    some.
+
+    `draw`, int64 (B,), encodes an image's crop and flip: top + N * (left + N * flip), with N = 2 * P + 1, top
+    and left in 0..2 * P, and flip 0 or 1. Returns uint8 (B, S, S, 3).
     """
-    count, width = len(images), SIDE + 2 * PADDING
-    top, left, flip = draw % _POSITIONS, draw // _POSITIONS % _POSITIONS, draw >= _POSITIONS**2
+    count, side, padding = len(images), images.shape[1], padding_of(images)
+    width, positions = side + 2 * padding, 2 * padding + 1
+    top, left, flip = draw % positions, draw // positions % positions, draw >= positions**2
     padded = images.new_zeros(count, width, width, 3)
-    padded[:, PADDING:-PADDING, PADDING:-PADDING] = images
-    # A crop is 32 pieces of 96 bytes, one per row. One call copies the pieces of all images.
-    row = torch.arange(SIDE, device=images.device)
+    padded[:, padding:-padding, padding:-padding] = images
+    # A crop is a piece of 3 * S bytes per row. One call copies the pieces of all images.
+    row = torch.arange(side, device=images.device)
     first_row = torch.arange(count, device=images.device) * width + top
     starts = (first_row[:, None] + row) * width + left[:, None]
-    pieces = padded.flatten().unfold(0, SIDE * 3, 1).index_select(0, starts.flatten() * 3)
-    crops = pieces.view(count, SIDE, SIDE, 3)
+    pieces = padded.flatten().unfold(0, side * 3, 1).index_select(0, starts.flatten() * 3)
+    crops = pieces.view(count, side, side, 3)
     return torch.where(flip[:, None, None, None], crops.flip(2), crops)
 
 

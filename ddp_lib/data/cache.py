@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError
 
-SIDE = 32  # height and width of every image, in pixels
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A data set in memory. images: uint8 (N, 32, 32, 3); labels: int64 (N,)."""
+    """A data set in memory. images: uint8 (N, S, S, 3); labels: int64 (N,)."""
 
     classes: tuple[str, ...]
     train_images: np.ndarray
@@ -43,7 +42,7 @@ def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Abs
     try:
         return lock.acquire(timeout=timeout_s)
     except Timeout:
-        raise UserError(
+        raise TransientError(
             f"another process has been making {cache} for more than {timeout_s:g} s: check that process, or "
             "give a larger --data-timeout-s"
         ) from None

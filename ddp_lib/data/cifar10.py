@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ddp_lib.data.cache import RawDataset
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
@@ -21,8 +21,8 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQU
 def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None]) -> RawDataset:
     """CIFAR-10 from `data_dir`, downloaded into it if necessary; torchvision verifies every file.
 
-    UserError, which says what to download by hand, if the download fails or the server does not answer for
-    `download_timeout_s` seconds. OSError if the disk is full or cannot be written.
+    TransientError, which says what to download by hand, if the download fails or the server does not answer
+    for `download_timeout_s` seconds. OSError if the disk is full or cannot be written.
     """
     from torchvision.datasets import CIFAR10
 
@@ -40,7 +40,7 @@ def cifar10(data_dir: Path, download_timeout_s: float, log: Callable[[str], None
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise UserError(
+        raise TransientError(
             f"CIFAR-10 could not be downloaded ({reason}): fetch {CIFAR10.url} (MD5 {CIFAR10.tgz_md5}) "
             f"elsewhere and put it in {data_dir.resolve()}, or take --data shapes, which needs no download"
         ) from None

@@ -20,7 +20,7 @@ from ddp_lib.errors import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, 32, 32, 3), memory-mapped; labels: int64 (N,)."""
+    """images: uint8 (N, S, S, 3), memory-mapped, S pixels square; labels: int64 (N,)."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -62,18 +62,20 @@ def load_dataset(
     timeout_s: float = 600.0,
     log: Callable[[str], None] = print,
     download_timeout_s: float = 30.0,
+    image_size: int = 32,
 ) -> Dataset:
     """The data set `shapes`, `cifar10`, or a folder that holds train/<class>/* and test/<class>/*.
 
     The first process on a machine writes the arrays to `<data_dir>/cache`. The others, those of other jobs
     included, wait for it, up to `timeout_s` seconds. Then all map the same files, so that the images are in
-    memory once per machine, however many ranks there are. Needs no process group.
+    memory once per machine, however many ranks there are. Needs no process group. image_size: pixels square
+    to which the images of a folder are resized; the other two have 32.
 
     UserError if the source is missing or unusable, the download fails, the disk is full or cannot be written,
     or the wait times out.
     """
     data_dir = Path(data_dir).expanduser()
-    cache_name, made_from, make = _resolve_source(source, data_dir, download_timeout_s, log)
+    cache_name, made_from, make = _resolve_source(source, data_dir, image_size, download_timeout_s, log)
     cache = data_dir / "cache" / cache_name
     meta = read_meta(cache, made_from)
     try:
@@ -103,14 +105,14 @@ def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
     return None
 
 
-def digest_of(source: str, data_dir: str | Path = "data") -> str:
+def digest_of(source: str, data_dir: str | Path = "data", image_size: int = 32) -> str:
     """The first 12 digits of the digest of a data set that `load_dataset` has cached on this machine.
 
     If it is not cached yet: the version for "shapes", which is the same everywhere, and "not ready" for
     everything else. UserError if the folder is missing or unusable.
     """
     data_dir = Path(data_dir).expanduser()
-    cache_name, made_from, _ = _resolve_source(source, data_dir, 0, print)
+    cache_name, made_from, _ = _resolve_source(source, data_dir, image_size, 0, print)
     meta = read_meta(data_dir / "cache" / cache_name, made_from)
     if meta is None:
         return made_from if source == "shapes" else "not ready"
@@ -118,14 +120,19 @@ def digest_of(source: str, data_dir: str | Path = "data") -> str:
 
 
 def _resolve_source(
-    source: str, data_dir: Path, download_timeout_s: float, log: Callable[[str], None]
+    source: str, data_dir: Path, image_size: int, download_timeout_s: float, log: Callable[[str], None]
 ) -> tuple[str, str, Callable[[], RawDataset]]:
     """The name of the source's cache, what the cache must have been made from, and how to make it."""
+    if source in ("shapes", "cifar10") and image_size != 32:
+        raise UserError(
+            f"--image-size {image_size}: the images of --data {source} have 32 pixels; leave the flag out, "
+            "or name a folder of images"
+        )
     if source == "shapes":
         return "shapes", f"shapes version {shapes.VERSION}", _make_shapes
     if source == "cifar10":
         return "cifar10", "cifar10", partial(cifar10, data_dir, download_timeout_s, log)
-    return find_images(Path(source).expanduser(), log)
+    return find_images(Path(source).expanduser(), image_size, log)
 
 
 def _make_shapes() -> RawDataset:

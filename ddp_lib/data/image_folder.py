@@ -10,18 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_lib.data.cache import SIDE, RawDataset
+from ddp_lib.data.cache import RawDataset
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import UserError
 
 SUFFIXES = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
 
 
-def find_images(root: Path, log: Callable[[str], None]) -> tuple[str, str, Callable[[], RawDataset]]:
+def find_images(
+    root: Path, side: int, log: Callable[[str], None]
+) -> tuple[str, str, Callable[[], RawDataset]]:
     """Lists root/train/<class>/* and root/test/<class>/* without opening an image.
 
     Returns the name of the folder's cache, different for each path; a fingerprint, which changes when a file
-    is added, removed, renamed or changed; and a function that decodes the images.
+    is added, removed, renamed or changed; and a function that decodes the images, to `side` pixels square.
 
     UserError if a folder is missing, a class is empty, there are fewer than two classes, or train/ and test/
     have different ones.
@@ -68,7 +70,8 @@ def find_images(root: Path, log: Callable[[str], None]) -> tuple[str, str, Calla
     if len(names["train"]) < 2:
         raise UserError(f"{root}/train holds {len(names['train'])} class folders: a classifier needs two")
     key = f"folder-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-    return key, listing.hexdigest(), partial(_decode_all, root, tuple(names["train"]), files, log)
+    key += f"-{side}" if side != 32 else ""  # caches of 32 pixels are older than other sizes
+    return key, listing.hexdigest(), partial(_decode_all, root, side, tuple(names["train"]), files, log)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -77,7 +80,11 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _decode_all(
-    root: Path, classes: tuple[str, ...], files: dict[str, list[tuple[Path, int]]], log: Callable[[str], None]
+    root: Path,
+    side: int,
+    classes: tuple[str, ...],
+    files: dict[str, list[tuple[Path, int]]],
+    log: Callable[[str], None],
 ) -> RawDataset:
     """files: (path, label) by split. UserError, which names the file, if an image cannot be decoded."""
     log(f"data: decoding {sum(map(len, files.values())):,} images of {root}, once")
@@ -86,31 +93,31 @@ def _decode_all(
     pool = ThreadPoolExecutor(usable_cores())
     try:
         for paths, labels in (zip(*split, strict=True) for split in files.values()):
-            images, was_resized = zip(*pool.map(_decode, paths), strict=True)
+            images, was_resized = zip(*pool.map(partial(_decode, side=side), paths), strict=True)
             arrays += [np.stack(images), np.array(labels, dtype=np.int64)]
             resized += sum(was_resized)
     finally:
         pool.shutdown(cancel_futures=True)  # or after an error all other images would be decoded first
     if resized:
-        log(f"data: {resized:,} of them resized to {SIDE} x {SIDE}")
+        log(f"data: {resized:,} of them resized to {side} x {side}")
     return RawDataset(classes, *arrays)
 
 
-def _decode(path: Path) -> tuple[np.ndarray, bool]:
-    """The image, upright, as uint8 (32, 32, 3), and whether it had to be resized."""
+def _decode(path: Path, side: int) -> tuple[np.ndarray, bool]:
+    """The image, upright, as uint8 (side, side, 3), and whether it had to be resized."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            resized = image.size != (SIDE, SIDE)
-            image.draft("RGB", (4 * SIDE, 4 * SIDE))  # decodes a large JPEG at lower size: faster
+            resized = image.size != (side, side)
+            image.draft("RGB", (4 * side, 4 * side))  # decodes a large JPEG at lower size: faster
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
                 upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
             rgb = upright.convert("RGB")
             if resized:
-                rgb = rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+                rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
             return np.asarray(rgb), resized
     except Exception as error:  # Pillow raises many types of exceptions for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__

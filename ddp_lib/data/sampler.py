@@ -1,20 +1,27 @@
 """Which rank sees which sample: shuffled per epoch, sharded by rank, resumable, exact in evaluation."""
 
+import random
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ddp_lib.errors import UserError
 
 
-def batch_share(global_batch_size: int, world_size: int, micro_batches: int = 1) -> int:
-    """Images per rank and step. UserError if the global batch cannot be divided equally."""
+def batch_share(global_batch_size: int, world_size: int, rank: int = 0, micro_batches: int = 1) -> int:
+    """Images of `rank` per step: the ranks' shares are equal, or differ by one. UserError if the global batch
+    has less than one image for each micro-batch of each rank."""
     parts = world_size * micro_batches
-    if global_batch_size < 1 or global_batch_size % parts:
-        nearest = max(1, round(global_batch_size / parts)) * parts
+    if global_batch_size < parts:
         ranks = f"{world_size} ranks" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
-        raise UserError(f"global batch size {global_batch_size} is not divisible by {ranks}: take {nearest}")
-    return global_batch_size // world_size
+        raise UserError(
+            f"global batch size {global_batch_size} is less than one image for each of {ranks}: take {parts} "
+            "or more"
+        )
+    return global_batch_size // world_size + (rank < global_batch_size % world_size)
 
 
 class TrainSampler:
@@ -23,13 +30,24 @@ class TrainSampler:
     An epoch is a permutation of the n samples, the same on all ranks. Step k uses the k-th piece of
     `global_batch_size` indices. Of this piece, rank r takes every `world_size`-th index, starting with the
     r-th, as `torch.utils.data.DistributedSampler(drop_last=True)` does. An incomplete last piece is dropped.
-    So each step sees the same samples, however many ranks there are.
+    So each step sees the same samples, however many ranks there are. If the global batch is not divisible by
+    the number of ranks, the first ranks get one sample more: multiply each rank's mean loss by
+    len(batch) * world_size / global_batch_size.
 
-    UserError if n is less than one global batch, or the ranks cannot divide the global batch equally.
+    with_epoch: yields lists of (epoch, index), for a SeededDataset in a DataLoader. Without it the indices
+    are tensors, which some data sets do not take as keys.
+
+    UserError if n is less than one global batch, or a rank would get no sample.
     """
 
     def __init__(
-        self, n: int, global_batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        n: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        with_epoch: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size}: give a rank from 0 to {world_size - 1}")
@@ -40,7 +58,7 @@ class TrainSampler:
                 "take a smaller global batch size or more data"
             )
         self.n, self.global_batch_size, self.seed = n, global_batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.with_epoch = rank, world_size, with_epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -52,13 +70,44 @@ class TrainSampler:
         """The number of steps in a whole epoch, also if iteration starts at a later step."""
         return self.n // self.global_batch_size
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields int64 tensors (global_batch_size // world_size,) of sample indices."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yields int64 tensors of `batch_share` sample indices, or lists if with_epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         permutation = torch.randperm(self.n, generator=generator)
         for step in range(self.start_step, len(self)):
             first = step * self.global_batch_size
-            yield permutation[first + self.rank : first + self.global_batch_size : self.world_size]
+            share = permutation[first + self.rank : first + self.global_batch_size : self.world_size]
+            yield [(self.epoch, index) for index in share.tolist()] if self.with_epoch else share
+
+
+class SeededDataset(Dataset[Any]):
+    """`dataset`, whose random augmentation depends only on (seed, epoch, index).
+
+    So a sample is augmented alike on any rank, by any DataLoader worker and after a restart. Its keys are
+    (epoch, index), as TrainSampler(with_epoch=True) yields them. While a sample is made, the generators of
+    torch, Python's random and numpy.random are seeded.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        # numpy's SeedSequence mixes the three well: neighbouring seeds give unrelated numbers.
+        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(2)
+        before = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
+            random.seed(int(words[0]))
+            np.random.seed(words[1])
+            try:
+                return self.dataset[index]
+            finally:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
 
 
 def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[torch.Tensor]:

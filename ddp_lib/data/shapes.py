@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ddp_lib.data.cache import SIDE
-
 VERSION = 1
 CLASSES = (
     "circle", "square", "triangle", "cross", "ring", "star",
@@ -22,6 +20,7 @@ _FIRST_TEXTURE = CLASSES.index("horizontal stripes")
 TRAIN_IMAGES, TRAIN_SEED = 10_000, 1
 TEST_IMAGES, TEST_SEED = 2_000, 2
 
+SIDE = 32  # pixels square
 _SHAPE_RADIUS = (70, 120)  # minimum and maximum, in tenths of a pixel; so are the next two
 _TEXTURE_RADIUS = (90, 150)
 _PERIOD = (40, 70)  # of a texture

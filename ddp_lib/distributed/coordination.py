@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib.distributed.addresses import wait_until_true
-from ddp_lib.errors import PeerError, UserError
+from ddp_lib.errors import PeerError, TransientError, UserError
 
 if TYPE_CHECKING:
     from ddp_lib.distributed.world import World
@@ -79,17 +79,17 @@ class StoreGroup:
             for number in range(1, self.world_size):
                 text = wait_for(self.store, f"{self._key}/{number}", deadline)
                 if text is None and complete:
-                    raise UserError(self._who_is_missing(what, timeout_s))
+                    raise TransientError(self._who_is_missing(what, timeout_s))
                 if text is None:
                     break
                 record = json.loads(text)
                 if "error" in record:
-                    raise PeerError(record["error"])
+                    raise PeerError(record["error"], record["status"])
                 check(record["rank"], record["value"])
                 values[record["rank"]] = record["value"]
             answer = conclude([values.get(rank) for rank in range(max(values) + 1)])
         except UserError as error:
-            self._publish(str(error))
+            self._publish(error)
             raise
         return self.broadcast(what, answer, timeout_s)
 
@@ -100,13 +100,13 @@ class StoreGroup:
         deadline = time.monotonic() + timeout_s if deadline is None else deadline
         text = wait_for(self.store, f"{self._key}/answer", deadline)
         if text is None:
-            trouble = self._who_is_missing(what, timeout_s)
-            self._publish(trouble)
-            raise UserError(trouble)
+            missing = TransientError(self._who_is_missing(what, timeout_s))
+            self._publish(missing)
+            raise missing
         answer = json.loads(text)
         if "error" in answer:
             self.count_as_read()
-            raise PeerError(answer["error"])
+            raise PeerError(answer["error"], answer["status"])
         self._calls += 1
         return answer["value"]
 
@@ -119,20 +119,21 @@ class StoreGroup:
             self.publish_error(error)
             raise
 
-    def publish_error(self, error: BaseException) -> None:
+    def publish_error(self, error: UserError) -> None:
         """Tells every rank why this rank leaves. They see it in their current or next call, or, if they lose
         their connection to this rank, from `published_error`."""
         if not isinstance(error, PeerError):
             prefix = "" if self.rank is None else f"rank {self.rank} on {socket.gethostname()}: "
-            self._publish(f"{prefix}{error}")
+            self._publish(error, prefix)
 
-    def published_error(self) -> str:
-        """The first error that any rank has published; empty if there is none."""
+    def published_error(self) -> PeerError | None:
+        """The first error that any rank has published, if any."""
         with suppress(RuntimeError):  # the store is gone
             if self.store.check(["error"]):
                 self.count_as_read()
-                return self.store.get("error").decode()
-        return ""
+                published = json.loads(self.store.get("error"))
+                return PeerError(published["error"], published["status"])
+        return None
 
     def wait_until_read(self) -> None:
         """Makes the store's host wait, at most LINGER_S, until the others have read the last answer."""
@@ -145,16 +146,17 @@ class StoreGroup:
         with suppress(RuntimeError):
             self.store.add("read", 1)
 
-    def _publish(self, text: str) -> None:
+    def _publish(self, error: UserError, prefix: str = "") -> None:
         if self._published:
             return
         self._published = True
+        record = {"error": f"{prefix}{error}", "status": error.status}
         with suppress(RuntimeError):
-            self.store.compare_set("error", "", text)
+            self.store.compare_set("error", "", json.dumps(record))
             if self.rank == 0:
-                self.store.set(f"{self._key}/answer", json.dumps({"error": text}))
+                self.store.set(f"{self._key}/answer", json.dumps(record))
             else:
-                self._post({"error": text})
+                self._post(record)
                 self.count_as_read()
         if self.hosts_store:
             # Python waits for this thread before the process ends, and the store with it.

@@ -67,10 +67,10 @@ def handshake(
         if own["id"] != mine["id"]:  # this rank came too late: another has its number
             raise _taken(rank_env.rank, own["host"], host, size)
         if not rank_env.one_machine:
-            trouble = _trouble(ranks, rank_env.rank) if probe else ""
+            trouble = connection_trouble(ranks, rank_env.rank) if probe else ""
             # The other local ranks wait while each machine's first tries its connections.
             until = max(deadline, time.monotonic() + timeout_s)
-            group.exchange("connect", trouble, timeout_s, _raise_first, deadline=until)
+            group.exchange("connect", trouble, timeout_s, raise_first, deadline=until)
     for rank, theirs in enumerate(ranks):
         if theirs["backend"] != "nccl":
             return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
@@ -84,12 +84,13 @@ def _taken(rank: int, first: str, second: str, size: int) -> UserError:
     )
 
 
-def _raise_first(troubles: list[str]) -> None:
+def raise_first(troubles: list[str]) -> None:
+    """UserError with the first trouble that is not empty."""
     for trouble in filter(None, troubles):
         raise UserError(trouble)
 
 
-def _trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
+def connection_trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
     """Why this machine cannot connect to another; empty if it can connect to all."""
     others = [theirs for rank, theirs in enumerate(ranks) if theirs["probe"] and rank != own_rank]
     for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):

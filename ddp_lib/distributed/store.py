@@ -24,7 +24,8 @@ from ddp_lib.distributed.addresses import (
 )
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import RankEnv
-from ddp_lib.errors import UserError, first_line
+from ddp_lib.distributed.relay import relay_other_family
+from ddp_lib.errors import TransientError, UserError, first_line
 
 # Pause between two attempts to reach a master that is not there yet.
 _RETRY_S = 0.2
@@ -34,7 +35,7 @@ def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
     """Returns when the endpoint's host resolves; UserError after `join_timeout_s`."""
     deadline = time.monotonic() + join_timeout_s - _RETRY_S
     if not wait_until_true(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
-        raise UserError(
+        raise TransientError(
             f"{endpoint.host_name} does not resolve: check the name, or give an address "
             f"(tried for {round(join_timeout_s, 1):g} s; --join-timeout-s sets it)"
         )
@@ -73,11 +74,11 @@ def wait_for_master(
         if time.monotonic() + _RETRY_S > began + timeout_s:
             if addresses and is_loopback(addresses[-1]) and not is_loopback(endpoint.host):
                 trouble += f"; on {socket.gethostname()} the name means this machine itself (/etc/hosts)"
-            raise UserError(f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)")
+            raise TransientError(f"{trouble} (tried for {round(timeout_s, 1):g} s; --join-timeout-s sets it)")
         time.sleep(_RETRY_S)
 
 
-class PortTaken(UserError):
+class PortTaken(TransientError):
     """Another program has the port; perhaps another process of this job."""
 
 
@@ -141,7 +142,8 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
 
     Listens only on the address that the others use, since the store has no password. It must listen on all if
     the endpoint is no address of this machine (a published container port), or is a name that means loopback
-    here and the machine has several outward addresses.
+    here and the machine has several outward addresses. A name may mean IPv4 here and IPv6 on another machine;
+    see relay.py.
     """
     wait_for_name(endpoint, join_timeout_s)
     mine = own_addresses()
@@ -164,9 +166,12 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
             f"{endpoint.port_name} cannot be opened on {endpoint.host} ({os.strerror(error.errno or 0)}): "
             "end the program that has it, or choose another port on every machine"
         ) from None
+    port = listener.getsockname()[1]
+    if not (everywhere or one_machine or address == endpoint.host):
+        relay_other_family(address, port)
     return dist.TCPStore(
         ("::1" if ipv6 else "127.0.0.1") if everywhere else address,
-        listener.getsockname()[1],
+        port,
         is_master=True,
         timeout=timedelta(seconds=join_timeout_s),
         wait_for_workers=False,

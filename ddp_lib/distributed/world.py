@@ -24,7 +24,7 @@ from ddp_lib.distributed.device import choose_backend, pick_device, thread_budge
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
 from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.store import open_store
-from ddp_lib.errors import UserError, first_line
+from ddp_lib.errors import TransientError, UserError, first_line, is_peer_gone, is_timeout
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class World(RankEnv):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes checkpoints and the summary."""
+        """Whether this is rank 0, on the master. (`Checkpoint.is_writer`: one rank per disk.)"""
         return self.rank == 0
 
     @property
@@ -57,7 +57,7 @@ class World(RankEnv):
         *,
         backend: str = "auto",
         join_timeout_s: float = 60.0,
-        timeout_s: float = 120.0,
+        timeout_s: float | None = None,
         environ: Mapping[str, str] | None = None,
         log: Callable[[str], None] | None = None,
         **flags: int | str | None,
@@ -65,13 +65,16 @@ class World(RankEnv):
         """Joins the process group that flags or environment describe (see `read_rank_env`).
 
         join_timeout_s: how long to wait for the master and for the other ranks, seconds.
-        timeout_s: how long a collective waits for the slowest rank, seconds.
+        timeout_s: how long a collective waits for the slowest rank, seconds; default: what ddp-launch run
+        was given as --timeout-s, else 120.
         log: called with one line that says what was chosen, and why. Default: rank 0 prints it.
         Raises UserError if the environment is inconsistent or ranks do not come.
         """
         env = os.environ if environ is None else environ
         rank_env = read_rank_env(env, **flags)
         started = time.monotonic()
+        if timeout_s is None:
+            timeout_s = float(env.get("DDP_LIB_TIMEOUT_S", 120.0))
         if "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
         backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())
@@ -102,7 +105,8 @@ class World(RankEnv):
             torch.cuda.set_device(gpu)
         try:
             dist.init_process_group(
-                self.backend,
+                # NCCL serves no tensors on the CPU.
+                "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
                 store=dist.PrefixStore("group", self.store),
                 rank=self.rank,
                 world_size=self.world_size,
@@ -113,7 +117,8 @@ class World(RankEnv):
             dist.barrier()
         except (RuntimeError, ValueError) as error:
             self.leave()
-            raise UserError(
+            kind = TransientError if is_peer_gone(error) or is_timeout(error) else UserError
+            raise kind(
                 f"rank {self.rank} reached the master, but the ranks could not connect to each other "
                 f"({first_line(error)}): open all ports between the machines, and set "
                 "GLOO_SOCKET_IFNAME to the interface that joins them"
@@ -122,7 +127,9 @@ class World(RankEnv):
     def say(self, text: str, every_node: bool = False) -> None:
         """Prints a line of rank 0, or of each machine's first rank."""
         if self.is_main or (every_node and self.local_rank == 0):
-            print(f"[rank {self.rank}] {text}", flush=True)
+            # ddp-launch run puts the rank in front of each line itself.
+            prefix = "" if "DDP_LIB_PREFIXED" in os.environ else f"[rank {self.rank}] "
+            print(f"{prefix}{text}", flush=True)
 
     def describe(self) -> dict[str, Any]:
         """Rank, host and device, as plain values for logs."""
@@ -131,9 +138,17 @@ class World(RankEnv):
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all ranks, in place, on every rank."""
+        return self.reduce(values, dist.ReduceOp.SUM)
+
+    def reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        """`values` of all ranks combined by `op`, in place, on every rank."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, op)
         return values
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks' numbers, on every rank, such as a signal that one of them received."""
+        return int(self.reduce(torch.tensor(number, device=self.device), dist.ReduceOp.MAX).item())
 
     def leave(self) -> None:
         """Leaves the process group; safe to call twice.

@@ -107,7 +107,7 @@ def report(launch: LaunchOptions, options: CheckOptions, endpoint: Endpoint, ran
         )
     if options.data:
         try:
-            data = digest_of(options.data, options.data_dir)
+            data = digest_of(options.data, options.data_dir, options.image_size)
         except UserError as error:
             troubles.append(str(error))
     folder = Path(options.run_dir).resolve()

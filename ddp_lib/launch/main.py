@@ -1,6 +1,7 @@
 """ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank."""
 
 import gc
+import io
 import os
 import socket
 import sys
@@ -14,21 +15,45 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError
-from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
+from ddp_lib.launch.options import (
+    CheckOptions,
+    Launch,
+    LaunchOptions,
+    ScriptOptions,
+    count_ranks,
+    has_pet_variables,
+    read_launch,
+    read_variables,
+)
+from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
+from ddp_lib.launch.script import read_script, split
 from ddp_lib.processes.exit_status import as_exit_status
-from ddp_lib.processes.forkserver import collect_garbage, start_server
-from ddp_lib.processes.signals import AGENT, StopSignal, kill_descendants
+from ddp_lib.processes.forkserver import collect_garbage
+from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
-USAGE = """usage: ddp-launch {train,check,plot} ...
+USAGE = """usage: ddp-launch {run,train,check,plot,stacks} ...
 
-  train   train on this machine or on several: ddp-launch train --help
+  run     run a script of yours on this machine or on several: ddp-launch run --help
+  train   run this package's own training: ddp-launch train --help
   check   on every machine: say why they would not train together: ddp-launch check --help
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
+  stacks  say where each rank of this machine stands now: ddp-launch stacks
 """
 # What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
 PRELOAD = ["ddp_lib.train", "torch._dynamo"]
-# How long the ranks may live after a signal: half a second more than their own grace_s (signals.py).
-_GRACE_S = 4.5
+# How much longer than --grace-s the launcher waits for its ranks, which then end by themselves.
+LEAVE_S = 2.0
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """Runs a script, as torchrun does, as the ranks of this machine, or of several machines together:
+
+    ddp-launch run [flags] SCRIPT [the script's flags], or: ddp-launch run [flags] -m MODULE [its flags]
+    """
+
+    launch: LaunchOptions
+    script: ScriptOptions
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,14 @@ class CheckCommand:
 
 
 @dataclass(frozen=True)
+class StacksOptions:
+    """Says where each rank of this machine stands now, also one that is blocked."""
+
+    timeout_s: float = 10.0
+    """Seconds to wait for each rank's stack."""
+
+
+@dataclass(frozen=True)
 class PlotOptions:
     """Draws a run's losses, accuracy and speed."""
 
@@ -63,17 +96,21 @@ def main(argv: list[str] | None = None) -> int:
     gc.disable()  # until a command has loaded its modules, which takes a fifth less time
     with as_exit_status() as outcome:
         match args:
+            case ["run", *rest]:
+                outcome.status = run(rest)
             case ["train", *rest]:
                 outcome.status = train(rest)
             case ["check", *rest]:
                 outcome.status = check(rest)
             case ["plot", *rest]:
                 plot(rest)
+            case ["stacks", *rest]:
+                outcome.status = stacks(rest)
             case ["-h" | "--help", *_]:
                 print(USAGE, end="")
             case _:
                 problem = f"{args[0]!r} is no command" if args else "no command given"
-                raise UserError(f"{problem}: use ddp-launch train, check or plot")
+                raise UserError(f"{problem}: use ddp-launch run, train, check, plot or stacks")
     gc.enable()
     return outcome.status
 
@@ -93,19 +130,48 @@ def check(args: list[str]) -> int:
     return run_check(given.launch, given.check)
 
 
-def train(args: list[str]) -> int:
-    given = parse(TrainCommand, args, "ddp-launch train")
+def stacks(args: list[str]) -> int:
+    options = parse(StacksOptions, args, "ddp-launch stacks")
+    from ddp_lib.launch.stacks import print_stacks
+
+    return print_stacks(options.timeout_s)
+
+
+def run(args: list[str]) -> int:
+    flags, words = split(args, LaunchOptions)
+    given = parse(RunCommand, flags, "ddp-launch run")
+    script = read_script(words)
+    launch = _read(given.launch)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command
 
-        print(plain_command(read_launch(given.launch), given.training))
+        print(plain_command(launch, script.target, given.script.join_timeout_s))
+        return 0
+    os.environ["DDP_LIB_TIMEOUT_S"] = str(given.script.timeout_s)
+    return start_agent(launch, given.script.join_timeout_s, ScriptRanks(script, given.script))
+
+
+def train(args: list[str]) -> int:
+    given = parse(TrainCommand, args, "ddp-launch train")
+    if given.launch.dry_run:
+        from ddp_lib.launch.torchrun_command import plain_command, training_flags
+
+        target = ["-m", "ddp_lib.train", *training_flags(given.training)]
+        print(plain_command(read_launch(given.launch), target, given.training.join_timeout_s))
         return 0
     if given.launch == LaunchOptions() and not has_pet_variables() and _has_rank():
         from ddp_lib.train import run
 
         collect_garbage()
         return run(given.training)
-    return start_agent(given.launch, given.training.join_timeout_s, "ddp_lib.train:run", given.training)
+    ranks = ForkedRanks("ddp_lib.train:run", (given.training,), PRELOAD)
+    return start_agent(read_launch(given.launch), given.training.join_timeout_s, ranks)
+
+
+def _read(options: LaunchOptions) -> Launch:
+    """From the flags and PET_* variables, or from those that give this process its rank."""
+    flags = options.nnodes != "1" or options.rdzv_endpoint or has_pet_variables()
+    return read_launch(options) if flags or not _has_rank() else read_variables(options)
 
 
 def _has_rank() -> bool:
@@ -118,36 +184,43 @@ def _has_rank() -> bool:
     )
 
 
-def start_agent(options: LaunchOptions, join_timeout_s: float, function: str, *args: object) -> int:
-    """Runs `function(*args)`, package.module:function, as this machine's ranks; returns 0, or the status of
-    the first failed rank."""
-    launch = read_launch(options)
-    with StopSignal(_GRACE_S, _end_now, impatient=True):
-        os.environ[AGENT] = "1"
+def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
+    """Starts this machine's ranks; returns 0, or the status of the first failed rank."""
+    with StopSignal(launch.grace_s + LEAVE_S, _end_now, impatient=True):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # what ranks print is shown as it comes
+        os.environ |= {AGENT: str(os.getpid()), GRACE: str(launch.grace_s)}
         # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         # For multiprocessing's resource tracker, which would warn about what it tidies up after all processes
         # are killed.
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         try:
-            start_server(PRELOAD)  # imports torch while the agent does
+            ranks.prepare()  # a fork server imports torch while the agent does
             nproc = count_ranks(launch.nproc)
-            threads = os.environ.setdefault("OMP_NUM_THREADS", str(thread_budget(nproc)))
+            cores = thread_budget(launch.local[1] if launch.local else nproc)
+            threads = os.environ.setdefault("OMP_NUM_THREADS", str(cores))
             where = socket.gethostname()
             if launch.endpoint is not None:
                 address = join_host(launch.endpoint.host, launch.endpoint.port)
                 where += f", one of {launch.nodes_text} machines, meeting at {address}"
             text = f"starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} per rank"
             print(f"ddp-launch: {text}", flush=True)
-            from ddp_lib.launch.agent import run_agent
+            from ddp_lib.launch.run_agent import run_agent
 
             collect_garbage()
-            return run_agent(function, args, nproc, launch, join_timeout_s)
+            return run_agent(ranks, nproc, launch, join_timeout_s)
         finally:
             del os.environ[AGENT]
+            try:
+                sys.stdout.flush()
+            except OSError:  # nothing reads it any more; Python would end with another status
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end_now(number: int) -> None:
     """Called from a thread when the grace time is over, or at the second Ctrl-C."""
-    kill_descendants()
-    os._exit(128 + number)
+    try:
+        kill_descendants()
+    finally:
+        os._exit(128 + number)

@@ -9,6 +9,7 @@ import tyro
 
 from ddp_lib.distributed.addresses import Endpoint, port_number
 from ddp_lib.distributed.device import usable_cores
+from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.errors import UserError
 
 
@@ -20,18 +21,56 @@ class LaunchOptions:
     """Ranks on this machine: a number, gpu (one per GPU), cpu (one per core), or auto: one per GPU, and
     one if there is none."""
     nnodes: str = "1"
-    """Machines: a number, or MIN:MAX for an elastic job."""
+    """Machines: a number, or MIN:MAX for an elastic job, which goes on with fewer machines."""
     rdzv_endpoint: str = ""
     """HOST:PORT of the machine where all meet, the master; the same on every machine. [address]:PORT for
     IPv6."""
     node_rank: str = ""
-    """This machine's number, 0 on the master, if ranks must not depend on which machine comes first."""
+    """This machine's number, 0 on the master. Give it if ranks must have the same numbers at every start."""
     rdzv_id: str = "ddp"
     """Name of the job, the same on every machine."""
     max_restarts: int = 0
-    """How often the ranks are started again after one has failed; they resume."""
+    """How many times to start the ranks again after one has failed. They resume if the program does so."""
+    grace_s: float = 30.0
+    """Seconds that the ranks have after SIGTERM or Ctrl-C to save and end."""
+    no_check: Annotated[int, tyro.conf.UseCounterAction] = 0
+    """Do not compare the machines, nor try their connections, before the ranks start."""
     dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
-    """Print the torchrun command that does the same on this machine, with its environment; start nothing."""
+    """Print the nearest torchrun command for this machine, with its environment; start nothing."""
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """What becomes of a script's output, and how long to wait."""
+
+    log_dir: str = "logs"
+    """Folder for the ranks' output. Each start makes a folder in it, with a file per rank: rank0.log."""
+    local_ranks_filter: str = ""
+    """Which ranks of this machine to show here, by local rank, such as 0 or 0,1; all if not given."""
+    tee: Literal[0, 3] = 3
+    """3: show the ranks' output here too; 0: write it to their files only. torchrun's numbers."""
+    join_timeout_s: float = 60.0
+    """Seconds to wait for the master and the other machines at the start."""
+    timeout_s: float = 120.0
+    """Timeout of a collective, in scripts that use World.join; others give PyTorch their own."""
+
+    def __post_init__(self) -> None:
+        for name in ("join_timeout_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {getattr(self, name)!r}: give a number above 0")
+        self.shown()
+
+    def shown(self) -> set[int] | None:
+        """The local ranks whose output is shown; None: all."""
+        if self.tee == 0:
+            return set()
+        words = self.local_ranks_filter.split(",") if self.local_ranks_filter else []
+        if not all(word.strip().isdecimal() for word in words):
+            raise UserError(
+                f"--local-ranks-filter is {self.local_ranks_filter!r}: give local ranks, such as 0 or 0,1"
+            )
+        return {int(word) for word in words} or None
 
 
 @dataclass(frozen=True)
@@ -42,6 +81,8 @@ class CheckOptions:
     """The training's --data; if it is given, its content is compared."""
     data_dir: str = "data"
     """The training's --data-dir."""
+    image_size: int = 32
+    """The training's --image-size."""
     run_dir: str = "runs/default"
     """The training's --run-dir: its disk must have room."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -60,6 +101,9 @@ class Launch:
     node_rank: int | None
     job: str
     max_restarts: int
+    check: bool = True  # whether to compare the machines before the ranks start
+    grace_s: float = 30.0
+    local: tuple[int, int] | None = None  # local rank and number of local ranks, if variables give them
 
     @property
     def nodes_text(self) -> str:
@@ -110,7 +154,41 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ)
                 f"{named['node_rank']} is {node_rank}, but {named['nnodes']} is {values['nnodes']}: "
                 f"give 0 to {nodes[1] - 1}"
             )
-    return Launch(values["nproc_per_node"], nodes, endpoint, node_rank, job, restarts)
+    if not options.grace_s > 0:
+        raise UserError(f"--grace-s is {options.grace_s:g}: give a number of seconds above 0")
+    return Launch(
+        values["nproc_per_node"],
+        nodes,
+        endpoint,
+        node_rank,
+        job,
+        restarts,
+        check=not options.no_check,
+        grace_s=options.grace_s,
+    )
+
+
+def read_variables(options: LaunchOptions) -> Launch:
+    """The launch that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or SLURM's variables, describe: each
+    process that has them counts as a machine of one rank. UserError if flags contradict them."""
+    if options.nproc_per_node not in ("auto", "1"):
+        raise UserError(
+            f"--nproc-per-node {options.nproc_per_node}, but the environment says which rank this process is "
+            "(RANK and WORLD_SIZE, or srun): give one of the two"
+        )
+    env = read_rank_env(os.environ)
+    one = env.world_size == 1
+    return Launch(
+        nproc="1",
+        nodes=(env.world_size, env.world_size),
+        endpoint=None if one else env.endpoint,
+        node_rank=None if one else env.rank,
+        job=options.rdzv_id,
+        max_restarts=options.max_restarts,
+        check=not options.no_check,
+        grace_s=options.grace_s,
+        local=(env.local_rank, env.local_world_size),
+    )
 
 
 def _whole(flag: str, text: str, least: int, what: str) -> int:

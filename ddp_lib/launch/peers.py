@@ -1,21 +1,27 @@
 """What the launchers of a job tell each other over the store."""
 
 import json
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from secrets import token_hex
 
 import torch.distributed as dist
 
+from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.coordination import wait_for
-from ddp_lib.errors import UserError
+from ddp_lib.errors import MAY_PASS, WILL_FAIL_AGAIN, UserError
 from ddp_lib.launch.options import Launch
+from ddp_lib.processes.signals import stop_signals
 
 # How often a launcher checks whether another has ended the job; how long the store's host waits for the
-# others to read that before it leaves; how long the first launcher may take to announce itself.
-_LOOK_S, _LINGER_S, _FIRST_S = 0.3, 1.5, 5.0
+# others to read that before it leaves; how long the first launcher may take to announce itself; how long the
+# thread that checks may take to end.
+_LOOK_S, _LINGER_S, _FIRST_S, _END_S = 0.3, 1.5, 5.0, 5.0
 
 
 @dataclass
@@ -23,16 +29,22 @@ class Peers:
     """The launchers of a job, connected by the store on the master.
 
     hosts: whether the store is here. seen: line and status of another launcher's end, if that stopped this
-    launcher.
+    launcher. published: those of the job's end, once this launcher has published one.
     """
 
     store: dist.Store
     launch: Launch
-    machine: str
+    address: str
     hosts: bool
     seen: tuple[str, int] | None = None
+    published: tuple[str, int] | None = None
+    _id: str = field(default_factory=token_hex)
     _done: threading.Event = field(default_factory=threading.Event)
     _calling: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def machine(self) -> str:
+        return f"{socket.gethostname()} ({self.address})"
 
     @property
     def fixed(self) -> bool:
@@ -41,7 +53,7 @@ class Peers:
 
     def announce(self) -> None:
         """Announces this machine. UserError if its flags contradict those of earlier machines."""
-        me = {"machine": self.machine, "nnodes": self.launch.nodes_text}
+        me = {"machine": self.machine, "nnodes": self.launch.nodes_text, "check": self.launch.check}
         number = self.store.add("agents", 1)
         self.store.set(f"agent/{number}", json.dumps(me))
         trouble = ""
@@ -52,15 +64,24 @@ class Peers:
                 f"--nnodes is {me['nnodes']} on {self.machine}, but {first['nnodes']} on "
                 f"{first['machine']}: give the same on every machine"
             )
+        elif first["check"] != me["check"]:
+            with_it = first["machine"] if me["check"] else self.machine
+            trouble = f"--no-check is given on {with_it} only: give the same flags on every machine"
         elif (mine := self.launch.node_rank) is not None:
-            holder = self.store.compare_set(f"number/{mine}", "", self.machine).decode()
+            # A later launcher takes the place of one that has gone.
+            late = number > self.launch.nodes[1]
+            holder = self.machine
+            if late:
+                self.store.set(f"number/{mine}", holder)
+            else:
+                holder = self.store.compare_set(f"number/{mine}", "", holder).decode()
             if holder != self.machine:
                 trouble = (
                     f"number {mine} is taken: it was given to {holder} and to {self.machine}; "
                     "give each machine a --node-rank of its own"
                 )
         if trouble:
-            if number <= int(first["nnodes"].rpartition(":")[2]):  # else it goes on without us
+            if number <= int(str(first["nnodes"]).rpartition(":")[2]):  # else it goes on without us
                 self.publish_end(trouble, 2)
             raise UserError(trouble)
 
@@ -72,38 +93,78 @@ class Peers:
             return list(dict.fromkeys(machine["machine"] for machine in machines))
         return []
 
+    def who_came(self, timeout_s: float) -> str:
+        """Says that machines are missing."""
+        endpoint, came = self.launch.endpoint, self.arrived()
+        where = "this machine" if endpoint is None else join_host(endpoint.host, endpoint.port)
+        return (
+            f"the machines did not meet at {where} within {timeout_s:g} s: of {self.launch.nodes_text} came "
+            f"{len(came)}, {', '.join(came)}; start the same command on every machine; check "
+            "--rdzv-endpoint, --nnodes and --join-timeout-s"
+        )
+
     def publish_end(self, line: str, status: int) -> tuple[str, int]:
-        """Ends the job on every machine; returns the line and status that were published first."""
+        """Ends the job on every machine; returns the line that was published first, and this one's status."""
+        line = line.encode(errors="backslashreplace").decode()  # of paths that are not UTF-8
         if self.fixed:
             with suppress(RuntimeError):
-                self.store.compare_set("end", "", f"{status} {line}")
-        return self.read_end() or (line, status)
+                mine, self.published = f"{status} {line}", (line, status)
+                if self.store.compare_set("end", "", mine) == mine.encode():
+                    self.store.add("read", 1)
+                else:
+                    self.published = self.read_end() or self.published
+        return self.published or (line, status)
+
+    def publish_signal(self, status: int) -> None:
+        """Ends the job on every machine: a signal has ended this launcher. status: 128 + its number."""
+        self.stop_watching()
+        if not self.seen:
+            name = signal.Signals(status - 128).name
+            self.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
 
     def read_end(self) -> tuple[str, int] | None:
-        """The line and exit status that a launcher has published, if any."""
+        """The line that a launcher has published, if any, and the exit status of those that follow it: its
+        own if it will come again at the next start, or is a stop signal's; else 75: the cause is not here."""
         text = ""
         with suppress(RuntimeError):  # the host is gone; torch's own agent says so
             if self.store.check(["end"]):
                 text = self.store.get("end").decode()
                 self.store.add("read", 1)
+        if not text:
+            return None
         status, _, line = text.partition(" ")
-        return (line, int(status)) if text else None
+        same = (WILL_FAIL_AGAIN, *(128 + number for number in stop_signals()))
+        return line, int(status) if int(status) in same else MAY_PASS
 
     def wait_until_read(self) -> None:
         """Makes the store's host wait, at most _LINGER_S, until all have read the end."""
         deadline = time.monotonic() + _LINGER_S
         with suppress(RuntimeError):
             while self.hosts and self.store.check(["end"]) and time.monotonic() < deadline:
-                if self.store.add("read", 0) >= len(self.arrived()):
+                if self.store.add("read", 0) >= self.store.add("agents", 0):
                     return
                 time.sleep(0.1)
 
+    def ask_for_absent(self) -> None:
+        """This machine's ranks timed out: asks the other launchers which of theirs did not come."""
+        with suppress(RuntimeError):
+            self.store.set("asks", self._id)
+
     @contextmanager
-    def watching(self, call: Callable[[str, int], None]) -> Iterator[None]:
-        """Inside, a thread calls `call` with line and status if another launcher ends the job."""
+    def watching(
+        self, call: Callable[[str, int], None], look_for_absent: Callable[[], None]
+    ) -> Iterator[None]:
+        """Inside, a thread calls `call` with line and status if another launcher ends the job, and
+        `look_for_absent` if another launcher asks for it."""
 
         def look() -> None:
+            asked = False
             while not self._done.wait(_LOOK_S):
+                with suppress(RuntimeError):
+                    if not asked and self.store.check(["asks"]):
+                        asked = True
+                        if self.store.get("asks").decode() != self._id:
+                            look_for_absent()
                 end = self.read_end()
                 with self._calling:
                     if end and not self._done.is_set():
@@ -111,12 +172,15 @@ class Peers:
                         call(*end)
                         return
 
+        thread = threading.Thread(target=look, name="peers", daemon=True)
         if self.fixed:
-            threading.Thread(target=look, name="peers", daemon=True).start()
+            thread.start()
         try:
             yield
         finally:
             self.stop_watching()
+            if self.fixed:  # Python aborts if a thread is inside torch's C++ when it ends
+                thread.join(_END_S)
 
     def stop_watching(self) -> None:
         """Before this machine's own end, which the thread would see. Waits for a call that has begun."""

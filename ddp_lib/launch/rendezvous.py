@@ -5,7 +5,6 @@ Here the machine with the endpoint's address is the host, the store listens only
 host's ranks come first: rank 0 is on the master.
 """
 
-import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,7 +14,14 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
-from ddp_lib.distributed.addresses import Endpoint, endpoint_addresses, is_here, is_loopback, own_address
+from ddp_lib.distributed.addresses import (
+    Endpoint,
+    endpoint_addresses,
+    is_here,
+    is_loopback,
+    name_interface,
+    own_address,
+)
 from ddp_lib.distributed.store import host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.options import Launch
@@ -34,6 +40,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[DynamicRende
     endpoint = launch.endpoint or Endpoint("127.0.0.1", 0, "this machine")
     if several:
         wait_for_name(endpoint, join_timeout_s)
+        name_interface(endpoint, False)  # for gloo and NCCL in the ranks
     here, number = is_here(endpoint), launch.node_rank
     if number == 0 and not here:
         raise UserError(
@@ -53,8 +60,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[DynamicRende
         local_addr=f"{first:06d} {address}",  # torch sorts the machines by it
         timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)),
     )
-    machine = f"{socket.gethostname()} ({address})"
-    peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, machine, hosts)
+    peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address, hosts)
     if several:
         peers.announce()
     addresses = endpoint_addresses(endpoint, False)

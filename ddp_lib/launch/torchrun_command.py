@@ -1,4 +1,4 @@
-"""ddp-launch train --dry-run: the torchrun command that does the same on this machine."""
+"""ddp-launch run or train --dry-run: the torchrun command that does the same on this machine."""
 
 import os
 import shlex
@@ -9,8 +9,8 @@ from ddp_lib.distributed.device import thread_budget
 from ddp_lib.launch.options import Launch, count_ranks
 
 
-def plain_command(launch: Launch, training: TrainConfig) -> str:
-    """A shell command in one line: environment, torchrun, its flags, and the training's.
+def plain_command(launch: Launch, target: list[str], join_timeout_s: float) -> str:
+    """A shell command in one line: environment, torchrun, its flags, and `target`, the program's words.
 
     It differs in two things: torchrun opens its store on all addresses and, unless --node-rank is given, may
     put rank 0 on another machine.
@@ -31,14 +31,19 @@ def plain_command(launch: Launch, training: TrainConfig) -> str:
             words += f"--node-rank {launch.node_rank} --master-addr {endpoint.host}".split()
             words += ["--master-port", str(endpoint.port)]
         else:
-            seconds = max(1, round(training.join_timeout_s))
+            seconds = max(1, round(join_timeout_s))
             conf = f"is_host={int(is_here(endpoint))},join_timeout={seconds},read_timeout={seconds}"
             where = join_host(endpoint.host, endpoint.port)
             words += f"--rdzv-backend c10d --rdzv-endpoint {where} --rdzv-id {launch.job}".split()
             words += ["--rdzv-conf", conf, "--local-addr", own_address(endpoint, False)]
-    words += ["-m", "ddp_lib.train"]
+    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    return " ".join([*settings, shlex.join(words + target)])
+
+
+def training_flags(training: TrainConfig) -> list[str]:
+    """The flags that give this configuration; defaults are left out."""
+    words = []
     for name, value in vars(training).items():
         if value != getattr(TrainConfig, name):
             words += ["--" + name.replace("_", "-"), str(value)]
-    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
-    return " ".join([*settings, shlex.join(words)])
+    return words

@@ -7,12 +7,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ddp_lib.errors import PeerError, UserError, is_peer_gone, is_timeout
+from ddp_lib.errors import (
+    MAY_PASS,
+    WILL_FAIL_AGAIN,
+    PeerError,
+    TransientError,
+    UserError,
+    is_peer_gone,
+    is_timeout,
+)
 from ddp_lib.processes.signals import AGENT
 
 Failure = TypeVar("Failure")
@@ -40,7 +49,7 @@ class Outcome:
     reported: BaseException | None = None
 
     @contextmanager
-    def reported_first(self, published_error: Callable[[], str]) -> Iterator[None]:
+    def reported_first(self, published_error: Callable[[], PeerError | None]) -> Iterator[None]:
         """Reports an exception before it leaves the block: leaving the process group may hang.
 
         published_error: returns the cause, if known, for a rank that only lost another rank.
@@ -51,15 +60,16 @@ class Outcome:
             self.report(error, published_error)
             raise
 
-    def report(self, error: BaseException, published_error: Callable[[], str] = lambda: "") -> None:
+    def report(
+        self, error: BaseException, published_error: Callable[[], PeerError | None] = lambda: None
+    ) -> None:
         """Sets the status, and prints one line or leaves it to the agent that started this rank."""
         if error is self.reported:
             return
-        self.reported, self.status = error, 1
+        self.reported, self.status = error, getattr(error, "status", WILL_FAIL_AGAIN)
         text = " ".join(str(error).split())[:300]
         match error:
             case UserError():
-                self.status = 2
                 self._say(str(error), consequence=isinstance(error, PeerError))
             case KeyboardInterrupt():
                 self.status = 130
@@ -72,9 +82,13 @@ class Outcome:
             case SystemExit():
                 self.status = error.code if isinstance(error.code, int) else int(bool(error.code))
             case _ if is_peer_gone(error):
-                cause = published_error() or f"another rank is gone: see its own output ({text})"
-                self._say(cause, consequence=True)
+                cause = published_error() or TransientError(
+                    f"another rank is gone: see its own output ({text})"
+                )
+                self.status = cause.status
+                self._say(str(cause), consequence=True)
             case _ if is_timeout(error):
+                self.status = MAY_PASS
                 self._say(f"timed out waiting for another rank, --timeout-s long ({text})", consequence=True)
             case _:
                 traceback.print_exception(error)
@@ -84,14 +98,28 @@ class Outcome:
         """Prints the line, or writes it to the file that the agent reads."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             now = time.time()
-            # torch reads message, timestamp and py_callstack. ddp-launch also reads the other two, to find
-            # the cause among failures within the same second.
-            extra = dict(timestamp=str(int(now)), py_callstack=line, time=now, consequence=consequence)
-            with open(path, "w") as file:
-                json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+            # torch reads message, timestamp and py_callstack. ddp-launch also reads the others, to find the
+            # cause among failures within the same second; it may have to end this process.
+            extra: dict[str, Any] = {"timestamp": str(int(now)), "py_callstack": line}
+            extra |= {"time": now, "consequence": consequence, "status": self.status}
+            with suppress(OSError):  # the disk is full: then the agent knows the status only
+                Path(f"{path}.new").write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+                os.replace(f"{path}.new", path)
         if AGENT not in os.environ:
             named = "RANK" not in os.environ or line.startswith("rank ")
             print_error(line if named else f"rank {os.environ['RANK']}: {line}")
+
+
+@contextmanager
+def may_pass_once(began: Callable[[], bool]) -> Iterator[None]:
+    """Gives an exception that leaves the block status 1 if `began()`: what has worked for a while may work
+    again. Before that, an exception will come again at the next start."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError) and began():
+            error.status = 1  # type: ignore[attr-defined]
+        raise
 
 
 @contextmanager

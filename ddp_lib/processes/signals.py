@@ -9,6 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+_relayed: list[int] = []  # signals that this process has sent itself
+# In the environment of ranks that a ddp-launch has started: its process id, its --grace-s, and how many times
+# it had started the ranks before.
+AGENT, GRACE, STARTS = "DDP_LIB_AGENT", "DDP_LIB_GRACE_S", "DDP_LIB_STARTS"
+_GRACE_S = 30.0
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -18,17 +23,21 @@ class StopSignal:
     Raises SystemExit at once. While `stop.deferred` is true it only sets `stop.requested`, for a loop that
     agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as a rank in
     a collective, runs no Python handler. So a thread calls `at_last` with the signal's number (default: exit
-    with 128 + number) `grace_s` seconds after the first signal or, if `impatient`, at the second.
+    with 128 + number) `grace_s` seconds after the first signal (default: what ddp-launch was given as
+    --grace-s, else 30) or, if `impatient`, at the second Ctrl-C.
 
     Does nothing outside the main thread or without `with`: notebooks keep their own handlers.
     """
 
     def __init__(
-        self, grace_s: float = 4.0, at_last: Callable[[int], None] | None = None, impatient: bool = False
+        self,
+        grace_s: float | None = None,
+        at_last: Callable[[int], None] | None = None,
+        impatient: bool = False,
     ) -> None:
         self.requested = 0
         self.deferred = False
-        self._grace_s = grace_s
+        self._grace_s = float(os.environ.get(GRACE, _GRACE_S)) if grace_s is None else grace_s
         self._at_last = at_last or (lambda number: os._exit(128 + number))
         self._impatient = impatient
         self._old: dict[int, Any] = {}
@@ -66,7 +75,7 @@ class StopSignal:
         """Runs in a thread. Python writes each signal's number to the socket as it arrives, even while the
         main thread is inside C++."""
         with self._reader:
-            number, deadline = 0, 0.0
+            number, deadline, presses = 0, 0.0, 0
             while True:
                 try:
                     if number:
@@ -77,7 +86,11 @@ class StopSignal:
                 if not received:
                     return
                 if received[0] in _SIGNALS:
-                    if number and self._impatient:
+                    if received[0] in _relayed:
+                        _relayed.remove(received[0])
+                    elif received[0] == signal.SIGINT:
+                        presses += 1  # a second SIGTERM may be the same stop, heard from another machine
+                    if self._impatient and presses == 2:
                         break
                     if not number:  # further signals do not extend the grace time
                         number, deadline = received[0], time.monotonic() + self._grace_s
@@ -89,6 +102,12 @@ def stop_signals() -> list[signal.Signals]:
     return [each for each in _SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
 
 
+def relay(number: int) -> None:
+    """Sends this process a signal that another machine has got: nobody has pressed Ctrl-C here."""
+    _relayed.append(number)
+    os.kill(os.getpid(), number)
+
+
 def kill_descendants() -> None:
     """Kills every process that this process started, and their children.
 
@@ -97,9 +116,6 @@ def kill_descendants() -> None:
     import psutil
 
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):  # it has ended, or is another user's
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
-
-
-AGENT = "DDP_LIB_AGENT"  # in the environment of ranks that a ddp-launch has started

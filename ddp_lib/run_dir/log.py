@@ -7,15 +7,18 @@ Infinity, -Infinity.
 
 import errno
 import json
+import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,29 +37,72 @@ def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        kind = UserError if isinstance(error, PermissionError) else TransientError
+        raise kind(
             f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
         ) from None
 
 
 class RunLog(AbstractContextManager["RunLog"]):
     """Appends to `folder`/rank<R>.jsonl. Each line is a single unbuffered write: it survives a kill of the
-    process, and costs some 10 microseconds."""
+    process, and costs some 10 microseconds. In a folder with a Checkpoint, write after its load().
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    with RunLog("runs/mine", world.rank) as log:
+        log.start(step=step, **world.describe())
+        log.step(epoch, step, samples=len(x), loss=loss.item())   # in each step
+        log.epoch(epoch, step, test_accuracy=right / count)       # on rank 0
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.path, self.rank = log_path(folder, rank), rank
+        self._stepped_s = time.perf_counter()
+
+    @cached_property
+    def _file(self) -> FileIO:
+        """Opened by the first line: before it, Checkpoint.load may fetch a newer log from another machine."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-        self._earlier_starts = sum(line.get("event") == "start" for line in _lines(self.path))
-        if self._file.tell() > 0:
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a half line, which a kill or a full disk left
-                self._file.write(b"\n")
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a half line, which a kill or a full disk left
+                file.write(b"\n")
+        return file
 
     def start(self, **fields: Any) -> None:
         """The first line of every start; numbers the starts of this rank from 0."""
         fields = {"time": time.time(), **fields, "rank": self.rank}
-        self.write(event="start", start=self._earlier_starts, **fields)
+        earlier = sum(line.get("event") == "start" for line in _lines(self.path)) if self.path.exists() else 0
+        self.write(event="start", start=earlier, **fields)
+        self.start_timer()
+
+    def step(
+        self,
+        epoch: int,
+        step: int,
+        *,
+        samples: int,
+        loss: float,
+        lr: float = math.nan,
+        data_s: float = math.nan,
+        step_s: float | None = None,
+    ) -> None:
+        """A step of this rank. step: counted through all epochs, from 0. samples: of this rank. loss: their
+        mean. data_s: seconds that the batch took; step_s: of the whole step, since the step before if not
+        given."""
+        now = time.perf_counter()
+        step_s = now - self._stepped_s if step_s is None else step_s
+        self._stepped_s = now
+        times = {"data_s": data_s, "compute_s": step_s - data_s, "step_s": step_s, "time": time.time()}
+        self.write(epoch=epoch, step=step, samples=samples, loss=loss, lr=lr, **times)
+
+    def epoch(self, epoch: int, step: int, **results: Any) -> None:
+        """The end of an epoch, before step number `step`. results: test_accuracy (0 to 1) gets plotted."""
+        self.write(event="epoch", epoch=epoch, step=step, **results, time=time.time())
+        self.start_timer()
+
+    def start_timer(self) -> None:
+        """After a pause, such as a validation: the next step's step_s counts from here."""
+        self._stepped_s = time.perf_counter()
 
     def end(self, step: int, why: str) -> None:
         """The last line of a run that is finished or was stopped by a signal."""
@@ -70,7 +116,8 @@ class RunLog(AbstractContextManager["RunLog"]):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        self._file.close()
+        if "_file" in vars(self):
+            self._file.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
-from ddp_lib.run_dir.checkpoint import write_atomic
+from ddp_lib.run_dir.checkpoint_file import write_atomic
 from ddp_lib.run_dir.log import LogSize, log_path, name_disk_errors
 
 
@@ -43,8 +43,9 @@ class LogSync:
     def send(self) -> None:
         """All ranks call it. UserError if the master's disk refuses."""
         new = b""
-        if self.is_far:
-            with open(log_path(self.folder, self.world.rank), "rb") as file:
+        own = log_path(self.folder, self.world.rank)
+        if self.is_far and own.exists():
+            with open(own, "rb") as file:
                 file.seek(self.sent)
                 new = file.read()
             self.sent += len(new)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.world import World
+from ddp_lib.errors import UserError
 
 # torch 2.15 renames the parameter; 2.11 has only the old name.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -21,8 +23,9 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broa
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """`model` in DistributedDataParallel; for world size 1, the model itself.
 
-    Buffers (BatchNorm's running statistics) are not broadcast at every step: training does not read them, and
-    `evaluate` and the checkpoints take rank 0's.
+    Buffers (BatchNorm's running statistics) are not broadcast at every step. Call `share_buffers` before you
+    validate or save. A model that reads its buffers while it trains (spectral_norm, codebooks) needs
+    DistributedDataParallel itself.
     """
     if world.world_size == 1:
         return model
@@ -40,16 +43,20 @@ def gradient_sync(net: nn.Module, on: bool) -> AbstractContextManager[object]:
     return nullcontext() if on or not isinstance(net, DistributedDataParallel) else net.no_sync()
 
 
-def warm_up(net: nn.Module, x: torch.Tensor) -> None:
-    """A throw-away forward and backward, before the state is loaded; compiles a compiled model.
+def warm_up(net: nn.Module, *inputs: Any, loss: Callable[[Any], torch.Tensor] = torch.sum) -> None:
+    """A throw-away forward and backward, before the first step; compiles a compiled model. Leaves parameters
+    and buffers as they were. Call it under the autocast of the training. loss: turns what `net(*inputs)`
+    returns into one number.
 
     DDP rebuilds its buckets after the first backward, in the order in which gradients arrived. On 3 or more
     ranks, a gradient's position in its bucket changes the order of the sums. Without this, a resumed run's
     second step would differ in bits from an uninterrupted run's.
     """
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     net.train()
-    net(x).sum().backward()
+    loss(net(*inputs)).backward()
     net.zero_grad(set_to_none=True)
+    net.load_state_dict(before)
 
 
 def share_buffers(model: nn.Module, world: World) -> None:
@@ -68,6 +75,16 @@ def weights_sha256(model: nn.Module, world: World) -> list[str]:
     """Digest of each rank's parameters, in rank order: all equal while the replicas agree."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     digests = b" ".join(gather_bytes(world, digest.hexdigest().encode()))
     return broadcast_bytes(world, digests).decode().split()
+
+
+def check_replicas(model: nn.Module, world: World) -> None:
+    """UserError, on every rank, if the ranks' parameters are not equal in all bits. All ranks call it."""
+    first, *others = weights_sha256(model, world)
+    if differ := [str(rank) for rank, digest in enumerate(others, 1) if digest != first]:
+        raise UserError(
+            f"the parameters of rank(s) {', '.join(differ)} differ from rank 0's: something other than DDP "
+            "changed them, or the machines' processors round differently; the last checkpoint stands"
+        )

@@ -4,6 +4,7 @@ On a GPU, Python only queues a step's work. Reading its loss at once would leave
 step is queued, so on a GPU a step is read and logged one step later.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -21,6 +22,41 @@ from ddp_lib.training.progress import Progress
 
 # The displayed speed is the mean over this many steps, since the host may read several at once.
 _SHOWN_STEPS = 10
+
+
+class Metrics:
+    """Exact means over the samples of all ranks, whatever number of samples each rank has.
+
+    metrics = Metrics(world, "loss", "accuracy")
+    metrics.add("loss", loss.detach() * len(x), len(x))   # for each batch
+    metrics.means()                                       # {"loss": ..., "accuracy": ...}, on every rank
+
+    Sums and counts are added up over the ranks, never means. A rank may add nothing.
+    """
+
+    def __init__(self, world: World, *names: str) -> None:
+        self.world, self.names = world, names
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts again from zero."""
+        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.world.device)
+
+    def add(self, name: str, total: torch.Tensor | float, count: int) -> None:
+        """total: the sum over `count` samples of this rank. Python does not
+        wait for a GPU's tensor."""
+        row = self._sums[self.names.index(name)]
+        row[0] += total
+        row[1] += count
+
+    def means(self) -> dict[str, float]:
+        """Each name's mean, NaN if no rank has added to it. Starts again from zero. All ranks call it."""
+        totals = self.world.sum(self._sums).tolist()
+        self.reset()
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(self.names, totals, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -106,16 +142,14 @@ class EpochMetrics:
     def report(self, step: int, train_loss: float, images_per_s: float, evaluation: Evaluation) -> None:
         """Rank 0 logs and shows the results of the epoch, which ended before step number `step`."""
         if self.world.rank == 0:
-            self.log.write(
-                event="epoch",
-                epoch=self.epoch,
-                step=step,
+            self.log.epoch(
+                self.epoch,
+                step,
                 test_accuracy=evaluation.accuracy,
                 test_correct=evaluation.correct,
                 test_images=evaluation.images,
                 train_loss=train_loss,
                 images_per_s=images_per_s,
-                time=time.time(),
             )
             self.progress.say(
                 f"epoch {self.epoch + 1}/{self.progress.epochs} done: train loss {train_loss:.4f}, "
@@ -125,16 +159,14 @@ class EpochMetrics:
     def _log(self, step: _Step, loss: float) -> None:
         now = time.perf_counter()
         step_s, self._read_s = now - self._read_s, now
-        self.log.write(
-            epoch=self.epoch,
-            step=step.number,
+        self.log.step(
+            self.epoch,
+            step.number,
             samples=step.samples,
             loss=loss,
             lr=step.lr,
             data_s=step.data_s,
-            compute_s=step_s - step.data_s,
             step_s=step_s,
-            time=time.time(),
         )
         self._recent_s.append(step_s)
         speed = self.global_batch_size * len(self._recent_s) / sum(self._recent_s)

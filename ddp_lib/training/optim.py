@@ -55,8 +55,8 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def micro_batches(x: torch.Tensor, y: torch.Tensor, parts: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A batch and its labels cut into `parts` equal pieces."""
-    return zip(x.chunk(parts), y.chunk(parts), strict=True)
+    """A batch and its labels cut into `parts` pieces, whose sizes differ by one at most."""
+    return zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

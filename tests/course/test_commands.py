@@ -9,6 +9,9 @@ from importlib.util import find_spec
 
 import pytest
 
+from ddp_lib.launch.options import LaunchOptions
+from ddp_lib.launch.script import split
+from tests.lab.own_script import EXAMPLES
 from tests.lab.pages import code_in, each_page, page_text
 from tests.lab.project import ROOT, make_targets
 
@@ -28,6 +31,7 @@ FOREIGN_FLAGS = {
         "--user",
         "--file",
         "--build-arg",
+        "--time",
     },
     "git": {"--depth"},
     "kubectl": {"--filename", "--follow", "--namespace"},
@@ -78,6 +82,9 @@ def unknown_words(name: str, words: list[str]) -> list[str]:
     if name == "make":
         targets = {word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)}
         return [f"make {target}" for target in targets - make_targets()]
+    if name == "ddp-launch" and words[:1] == ["run"]:
+        # Behind the script, the flags are its own.
+        return unknown_flags("ddp-launch run", split(words[1:], LaunchOptions)[0])
     if name == "ddp-launch":
         return unknown_flags(f"ddp-launch {words[0]}", words[1:]) if words else []
     if name in ("python", "python3", "torchrun"):
@@ -123,8 +130,10 @@ def test_named_commands_and_flags_exist(path):
 @each_page
 def test_flags_named_alone_exist(path):
     """`--flag` between backticks, without its command."""
-    ours = ("ddp-launch train", "ddp-launch check", "ddp-launch plot", "torchrun")
+    ours = ("ddp-launch run", "ddp-launch train", "ddp-launch check", "ddp-launch plot", "torchrun")
     known = set().union(*(flags_of(command) or () for command in ours), *FOREIGN_FLAGS.values())
+    for script in EXAMPLES.glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
     named = {
         flag for code in code_in(page_text(path)) for flag in re.findall(r"^(--[a-z][\w-]*)", code.strip())
     }

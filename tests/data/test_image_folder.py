@@ -135,3 +135,25 @@ def test_folder_of_one_class_is_refused(tmp_path: Path) -> None:
         (tmp_path / split / "only").mkdir(parents=True)
         flat(1, "L").save(tmp_path / split / "only" / "0.png")
     assert "a classifier needs two" in refusal(str(tmp_path), tmp_path / "data")
+
+
+def test_images_of_a_folder_may_have_another_size(tmp_path: Path) -> None:
+    """Half red, half blue: the seam stays where it was, and each size has a cache of its own."""
+    picture = flat((200, 0, 0), size=(90, 90))
+    picture.paste((0, 0, 100), (45, 0, 90, 90))
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            picture.save(tmp_path / "pictures" / split / name / "0.png")
+    for size in (48, 32, 48):
+        dataset = load_dataset(str(tmp_path / "pictures"), tmp_path, log=quiet, image_size=size)
+        assert dataset.train.images.shape == (2, size, size, 3)
+        assert dataset.train.images[0, 5, [0, -1]].tolist() == [[200, 0, 0], [0, 0, 100]]
+        x, _ = make_batch(dataset.train, torch.arange(2), dataset, augment=(0, 1))
+        assert x.shape == (2, 3, size, size)
+
+
+def test_the_built_in_images_have_32_pixels(tmp_path: Path) -> None:
+    assert "--image-size 64: the images of --data shapes have 32" in refusal(
+        "shapes", tmp_path, image_size=64
+    )

@@ -1,10 +1,12 @@
+import random
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from ddp_lib.data.sampler import TrainSampler, eval_batches
+from ddp_lib.data.sampler import SeededDataset, TrainSampler, eval_batches
 from ddp_lib.errors import UserError
 
 
@@ -105,7 +107,7 @@ def test_evaluation_is_exact_on_any_number_of_ranks(n: int, batch_size: int) -> 
     [
         (100, 128, 0, 1, "100 training samples make no global batch of 128"),
         (0, 1, 0, 1, "0 training samples"),
-        (1000, 128, 0, 3, "global batch size 128 is not divisible by 3 ranks: take 129"),
+        (1000, 2, 0, 3, "global batch size 2 is less than one image for each of 3 ranks: take 3"),
         (1000, 0, 0, 2, "global batch size 0"),
         (1000, -4, 0, 2, "global batch size -4"),
         (1000, 100, 2, 2, "rank 2 of 2"),
@@ -118,3 +120,50 @@ def test_impossible_sizes_and_ranks_are_refused(
     with pytest.raises(UserError, match=words) as caught:
         TrainSampler(n, batch, rank, world_size)
     assert "\n" not in str(caught.value)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Each sample draws from all three generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> list[float]:
+        return [index, torch.rand(()).item(), random.random(), np.random.random()]
+
+
+def drawn(workers: int, epoch: int, ranks: int, start_step: int = 0) -> dict:
+    """What is drawn for each sample of an epoch that starts at a step, over all ranks."""
+    samples = {}
+    for rank in range(ranks):
+        sampler = TrainSampler(12, 4, rank, ranks, with_epoch=True)
+        sampler.set_epoch(epoch, start_step)
+        loader = torch.utils.data.DataLoader(
+            SeededDataset(Drawn(), seed=3), batch_sampler=sampler, num_workers=workers, collate_fn=list
+        )
+        samples |= {index: values for batch in loader for index, *values in batch}
+    return samples
+
+
+@pytest.mark.process
+def test_a_samples_augmentation_is_fixed_by_seed_epoch_and_index():
+    first = drawn(workers=0, epoch=1, ranks=1)
+    assert len({tuple(values) for values in first.values()}) == 12
+    assert drawn(workers=2, epoch=1, ranks=2) == first
+    rest = drawn(workers=1, epoch=1, ranks=1, start_step=2)
+    assert len(rest) == 4 and rest.items() <= first.items()
+    assert not drawn(workers=0, epoch=2, ranks=1).items() & first.items()
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def test_making_a_sample_leaves_the_generators_alone():
+    seed_all(1)
+    want = torch.rand(()).item(), random.random(), np.random.random()
+    seed_all(1)
+    SeededDataset(Drawn())[0, 5]
+    assert (torch.rand(()).item(), random.random(), np.random.random()) == want

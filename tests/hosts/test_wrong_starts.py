@@ -29,12 +29,18 @@ print("sent")
 """
 
 
-def causes(machines, status: int = 2) -> list[str]:
+# A peer that does not come, or a port that is taken, may be there at the next start: another status.
+LATER = ("nobody listens", "did not reach", "did not meet", "cannot be opened")
+
+
+def causes(machines) -> list[str]:
     """Each machine's one line of error, in order; it ended with the status, and left nothing."""
     lines = []
     for machine in machines:
         program = machine.programs[-1]
-        assert program.wait(TIMEOUT_S) == status, program.output
+        program.wait(TIMEOUT_S)
+        may_pass = any(text in program.output for text in LATER)
+        assert program.wait(TIMEOUT_S) == (75 if may_pass else 2), program.output
         errors = [line for line in program.output.splitlines() if "error:" in line]
         assert len(errors) == 1, program.output
         assert "Traceback" not in program.output

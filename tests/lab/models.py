@@ -83,6 +83,16 @@ def not_a_model(num_classes: int) -> str:
     return f"{num_classes} classes"
 
 
+class SlowStep(Plain):
+    """Its third training step lasts 6 s on each rank, which leaves the file SLOW_STEP.<rank> at its start."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.initial_seed() // 1_000_003 == 2:
+            Path(f"{os.environ['SLOW_STEP']}.{os.environ['RANK']}").touch()
+            time.sleep(6)
+        return super().forward(x)
+
+
 class Gated(Lively):
     """Waits once, in the training step that the environment names, until the gate is open: the
     moment at which a test lets something happen.

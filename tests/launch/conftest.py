@@ -14,11 +14,11 @@ AGENT = """
 import sys
 from ddp_lib.launch import main as launch
 from ddp_lib.processes.exit_status import as_exit_status
-launch._GRACE_S = float(sys.argv[1])
-launch.PRELOAD = ["torch"]  # all that the workers below need: half of what a training loads
-flags = launch.parse(launch.LaunchOptions, sys.argv[3:], "ddp-launch train")
+options = launch.parse(launch.LaunchOptions, sys.argv[2:], "ddp-launch train")
+# torch is all that the workers below need: half of what a training loads.
+ranks = launch.ForkedRanks("tests.lab.rank_script:run", (sys.argv[1],), ["torch"])
 with as_exit_status() as outcome:
-    outcome.status = launch.start_agent(flags, 20.0, "tests.lab.rank_script:run", sys.argv[2])
+    outcome.status = launch.start_agent(launch.read_launch(options), 20.0, ranks)
 sys.exit(outcome.status)
 """
 
@@ -48,11 +48,11 @@ def for_ever():
 def start(tmp_path: Path, started: list[subprocess.Popen[str]]) -> Start:
     """Starts ddp-launch around a worker of these lines."""
 
-    def run(lines: str, *flags: str, timeout_s: float = 4.5) -> "subprocess.Popen[str]":
+    def run(lines: str, *flags: str) -> "subprocess.Popen[str]":
         script = tmp_path / "worker.py"
         script.write_text(WORKER + lines)
         process = subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(timeout_s), str(script), *flags],
+            [sys.executable, "-c", AGENT, str(script), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,6 +6,7 @@ import pytest
 
 from ddp_lib import TrainConfig
 from ddp_lib.launch import main as launch
+from ddp_lib.launch.ranks import ForkedRanks
 
 CASES = {
     "alone": ({}, [], "agent"),
@@ -38,8 +39,8 @@ def test_who_starts_the_rank(environment, flags, expected, monkeypatch):
         calls.append(("rank", config))
         return 0
 
-    def agent(options: object, join_timeout_s: float, rank: object, config: TrainConfig) -> int:
-        calls.append(("agent", config))
+    def agent(options: object, join_timeout_s: float, ranks: ForkedRanks) -> int:
+        calls.append(("agent", ranks.args[0]))
         return 0
 
     monkeypatch.setattr(ddp_lib.train, "run", rank)

@@ -29,7 +29,7 @@ def test_an_endpoint_that_is_no_rendezvous_is_named(started, tmp_path, endpoint,
         )
         started.append(process)
         status, _, err = end(process)
-    assert status == 2
+    assert status == (75 if "resolve" in named else 2)  # a name may resolve later
     assert len(err) == 1 and err[0].startswith("ddp-launch: error: ")
     assert named in err[0] and endpoint.rpartition(":")[0] in err[0]
     assert list(tmp_path.iterdir()) == []

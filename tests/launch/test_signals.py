@@ -4,9 +4,11 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.lab.agent import ranks
 from tests.lab.processes import (
@@ -52,7 +54,7 @@ def test_a_signal_reaches_the_ranks_and_they_leave_in_order(no_nohup, start, tmp
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ranks_that_ignore_it_are_ended(start, tmp_path, number):
-    process = start(DEAF, "--nproc-per-node=2")
+    process = start(DEAF, "--nproc-per-node=2", "--grace-s=2")
     both = ranks(tmp_path)
     process.send_signal(number)
     _, err = process.communicate(timeout=15)  # torch's own limit is 30 s
@@ -63,7 +65,7 @@ def test_ranks_that_ignore_it_are_ended(start, tmp_path, number):
 
 @pytest.mark.ranks
 def test_a_second_ctrl_c_ends_all_at_once(start, tmp_path):
-    process = start(DEAF, "--nproc-per-node=2", timeout_s=1000)
+    process = start(DEAF, "--nproc-per-node=2", "--grace-s=1000")
     both = ranks(tmp_path)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
@@ -94,6 +96,28 @@ def test_a_signal_before_the_machines_have_joined(started, number):
             process.send_signal(number)
             _, err = process.communicate(timeout=15)
     assert (process.returncode, err) == (128 + number, "")
+
+
+@pytest.mark.ranks
+def test_sigterm_in_a_step_of_6_s_leaves_a_checkpoint_of_that_step(
+    images_folder, shared_cache, started, tmp_path
+):
+    flags = ["--nproc-per-node", "2", "--data", str(images_folder), "--data-dir", shared_cache]
+    flags += ["--model", "tests.lab.models:SlowStep", "--run-dir", str(tmp_path / "run")]
+    slow = tmp_path / "slow"
+    process = subprocess.Popen(
+        [*TRAIN, *flags, "--global-batch-size", "63", "--checkpoint-every-s", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment() | {"SLOW_STEP": str(slow)},
+    )
+    started.append(process)
+    wait_until(lambda: all(Path(f"{slow}.{rank}").exists() for rank in range(2)))
+    process.terminate()
+    status, out, err = end(process)
+    assert (status, err) == (143, []), out
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 @pytest.mark.ranks

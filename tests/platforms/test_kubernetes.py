@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import manifests, namespaces, readme
+from tests.lab.job_controller import JobController
 from tests.lab.machines import Lab
 from tests.lab.manifests import Manifest, Pod
 from tests.lab.program import Program
@@ -181,6 +182,89 @@ def test_a_wrong_command_is_seen(field, value, tmp_path, shorter):
     wrong[2]["spec"]["template"]["spec"]["containers"][0][field] = value
     with pytest.raises(AssertionError, match=r"ddp-lunch|--dta|WORLD_SIZE"):
         rehearse(manifests.pods_of_job(wrong), tmp_path, shorter)
+
+
+# The Job, when pods fail
+
+
+def job_of(pods: int) -> list[Manifest]:
+    """The Job with so many pods, as its file says how to."""
+    parts = job()
+    spec = parts[2]["spec"]
+    spec["completions"] = spec["parallelism"] = pods
+    [container] = spec["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        if variable["name"] == "WORLD_SIZE":
+            variable["value"] = str(pods)
+    return parts
+
+
+class Pods:
+    """The pods of a Job, each on a machine of its own; `more` words and variables of each start."""
+
+    def __init__(self, lab: Lab, parts: list[Manifest], more: list[str]) -> None:
+        self.machines, self.more = lab.machines, more
+        self.pods = manifests.pods_of_job(parts)
+        self.starts = [0] * len(self.pods)
+        names = {
+            name: m.address for pod, m in zip(self.pods, lab.machines, strict=True) for name in pod.names
+        }
+        for machine in lab.machines:
+            machine.write_hosts(names)
+
+    def start(self, index: int, *before: str, **environment: str) -> Program:
+        pod = self.pods[index]
+        self.starts[index] += 1
+        run_dir = ["--run-dir", str(self.machines[index].folder / "run")]
+        command = [*before, *pod.command, *self.more, *run_dir]
+        return self.machines[index].start(command, **{**pod.environment, **environment})
+
+
+LATE = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+LATE += "os.execv(sys.executable, [sys.executable, '-m', 'ddp_lib.launch', *sys.argv[3:]])"
+
+
+@on_machines
+def test_a_pod_that_comes_late_joins_and_costs_nothing_of_the_limit(tmp_path, shorter):
+    """The other has given up once until then."""
+    parts, there = job_of(2), tmp_path / "image loaded"
+    with Lab(2, tmp_path) as lab:
+        pods = Pods(lab, parts, [*shorter, "--join-timeout-s", "2"])
+
+        def start(index: int) -> Program:
+            if index == 0 and pods.starts[0] == 1:
+                there.touch()
+            return pods.start(index, *(["python", "-c", LATE, str(there)] if index else []))
+
+        controller = JobController(parts[2], start)
+        assert controller.run(TIMEOUT_S) == "Complete"
+    assert controller.counted == 0 and controller.ignored >= 1
+
+
+@on_machines
+def test_a_wrong_flag_ends_the_job_at_once(tmp_path, shorter):
+    parts = job_of(2)
+    with Lab(2, tmp_path) as lab:
+        pods = Pods(lab, parts, [*shorter, "--epochs", "0"])
+        controller = JobController(parts[2], pods.start)
+        assert controller.run(TIMEOUT_S) == "Failed"
+    assert (controller.counted, controller.ignored, sum(pods.starts)) == (0, 0, 2)
+
+
+@on_machines
+def test_a_crash_counts_once_however_many_pods_it_ends(tmp_path, shorter):
+    parts = job_of(2)
+    more = [*shorter, "--model", "tests.lab.models:Plain", "--global-batch-size", "210"]
+    with Lab(2, tmp_path) as lab:
+        pods = Pods(lab, parts, more)
+
+        def start(index: int) -> Program:
+            dies = {"DIE_IN_STEP": "1"} if index == 1 and pods.starts[1] == 0 else {}
+            return pods.start(index, **dies)
+
+        controller = JobController(parts[2], start)
+        assert controller.run(TIMEOUT_S) == "Complete"
+    assert (controller.counted, controller.ignored) == (1, 1)
 
 
 def test_a_pod_without_its_service_has_no_name():

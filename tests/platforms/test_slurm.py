@@ -25,6 +25,18 @@ pytestmark = [
     pytest.mark.skipif(bool(lacks), reason=lacks),
 ]
 
+# A model that raises in the second step of each start: an exception in the first would end the job for good.
+BREAKS = """
+from ddp_lib import SimpleModel
+class Net(SimpleModel):
+    calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls > 2:  # the first is thrown away
+            raise RuntimeError("always")
+        return super().forward(x)
+"""
+
 # A run that goes on until it is stopped, and writes a checkpoint at every chance.
 LONG = "--epochs 5000 --checkpoint-every-s 0.1".split()
 
@@ -140,8 +152,8 @@ def test_a_refused_run_is_not_requeued(submit):
 
 
 def test_a_job_that_always_fails_is_requeued_as_often_as_said(cluster, submit, tmp_path):
-    (tmp_path / "bad.py").write_text("def net(num_classes):\n    raise RuntimeError('always')\n")
-    job = submit("--model", "bad:net", before=("--export=ALL,DDP_REQUEUES=1",))
+    (tmp_path / "bad.py").write_text(BREAKS)
+    job = submit("--model", "bad:Net", before=("--export=ALL,DDP_REQUEUES=1",))
     job.says(r"start 2\b")
     out = job.ends_as("FAILED")
     assert out.count(", requeued\n") == 1 and "requeued 1 times already" in out

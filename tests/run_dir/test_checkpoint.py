@@ -1,145 +1,124 @@
-"""Checkpoints are atomic and verified, and a whole one is found again."""
+"""Checkpoint: any state, saved and loaded by all ranks together, without the package's training."""
 
 import os
 
 import pytest
 import torch
 
-from ddp_lib.errors import UserError
-from ddp_lib.run_dir import checkpoint
-from tests.lab.files import flip_a_bit
+from ddp_lib import Checkpoint, RankError, UserError, World, run_ranks
+from ddp_lib.run_dir import checkpoint_file
+from tests.lab.runs import TIMEOUT_S
+
+ALONE = World()
 
 
-def state(step: int) -> dict:
-    return {"step": step, "model": {"w": torch.full((50,), float(step))}, "config": {"lr": 0.1}}
+def some_state(value: float) -> dict:
+    return {"weights": {"w": torch.full((3,), value)}, "schedule": [1, 2.5, None, "x"], "counter": 7}
 
 
-def save(folder, step: int) -> None:
-    checkpoint.save(folder, checkpoint.to_bytes(state(step)))
+def test_a_state_comes_back_whole(tmp_path):
+    with Checkpoint(tmp_path, ALONE) as checkpoint:
+        assert checkpoint.load() is None
+        checkpoint.save(some_state(1.0))
+        checkpoint.save(some_state(2.0))
+    with Checkpoint(tmp_path, ALONE) as checkpoint:
+        state = checkpoint.load()
+        assert checkpoint.step == 1  # the second save
+    assert torch.equal(state.pop("weights")["w"], torch.full((3,), 2.0))
+    assert state == {"schedule": [1, 2.5, None, "x"], "counter": 7}
 
 
-def newest_step(folder, said=None) -> int:
-    payload = checkpoint.find(folder, (said if said is not None else []).append)
-    assert payload is not None
-    return checkpoint.from_bytes(payload)["step"]
+def test_the_folder_belongs_to_one_job(tmp_path):
+    with Checkpoint(tmp_path, ALONE) as checkpoint:
+        checkpoint.load()
+        with pytest.raises(UserError, match="in use by another job"), Checkpoint(tmp_path, ALONE):
+            pass
+    with Checkpoint(tmp_path, ALONE) as checkpoint:
+        assert checkpoint.load() is None
 
 
-def test_an_empty_folder_has_no_checkpoint(tmp_path):
-    assert checkpoint.find(tmp_path) is None
+def test_other_data_is_refused_with_both_digests(tmp_path):
+    with Checkpoint(tmp_path, ALONE, "a" * 64) as checkpoint:
+        checkpoint.load()
+        checkpoint.save(some_state(1.0))
+    with pytest.raises(UserError) as refused, Checkpoint(tmp_path, ALONE, "b" * 64):
+        pass
+    text = str(refused.value)
+    assert "a" * 16 in text and "b" * 16 in text and "--resume never" in text
+    with Checkpoint(tmp_path, ALONE, "b" * 64, resume="never") as checkpoint:
+        assert checkpoint.load() is None
+    assert (tmp_path / "earlier-1" / checkpoint_file.NAME).exists()
 
 
-def test_newest_is_found_and_its_predecessor_kept(tmp_path):
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    assert newest_step(tmp_path) == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME]
+def test_never_resumes_when_the_launcher_has_started_the_ranks_again(tmp_path, monkeypatch):
+    with Checkpoint(tmp_path, ALONE, resume="never") as checkpoint:
+        checkpoint.load()
+        checkpoint.save(some_state(1.0))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with Checkpoint(tmp_path, ALONE, resume="never") as checkpoint:
+        assert checkpoint.load() is not None
+    assert not (tmp_path / "earlier-1").exists()
 
 
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
+def test_save_before_load_says_so(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"call load\(\) first"),
+        Checkpoint(tmp_path, ALONE) as checkpoint,
+    ):
+        checkpoint.save({})
 
 
-def empty(path):
-    path.write_bytes(b"")
+def unlike(folder: str) -> None:
+    with World.join() as world, Checkpoint(folder, world, "ab"[world.rank] * 64) as checkpoint:
+        checkpoint.load()
 
 
-def other_file(path):
-    torch.save({"weights": torch.ones(3)}, path)
+@pytest.mark.ranks
+def test_ranks_with_other_data_are_named_before_anything_is_written(tmp_path):
+    with pytest.raises(RankError, match=r"the data's digest is 'bbbb.*' for rank 1 .* but 'aaaa"):
+        run_ranks(unlike, 2, str(tmp_path / "run"), timeout_s=TIMEOUT_S)
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty, other_file])
-def test_damaged_newest_is_named_and_the_predecessor_used(tmp_path, damage):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    damage(tmp_path / checkpoint.NAME)
-    said: list[str] = []
-    assert newest_step(tmp_path, said) == 1
-    assert len(said) == 1 and checkpoint.NAME in said[0] and "damaged" in said[0]
+def test_a_state_that_could_not_be_read_again_is_refused_at_the_first_save(tmp_path):
+    with Checkpoint(tmp_path, ALONE) as checkpoint:
+        checkpoint.load()
+        with pytest.raises(UserError, match="neither a tensor nor a plain value"):
+            checkpoint.save({"args": {"data": tmp_path}})
+    assert not (tmp_path / checkpoint_file.NAME).exists()
 
 
-def test_every_bit_flip_in_a_small_checkpoint_is_noticed_or_harmless(tmp_path):
-    save(tmp_path, 7)
-    path = tmp_path / checkpoint.NAME
-    whole = path.read_bytes()
-    want = checkpoint.find(tmp_path)
-    for at in range(0, len(whole), 61):
-        data = bytearray(whole)
-        data[at] ^= 1 << (at % 8)
-        path.write_bytes(data)
-        try:
-            assert checkpoint.find(tmp_path, lambda line: None) == want
-        except UserError as error:
-            assert "no whole checkpoint" in str(error)
+def test_another_programs_file_is_named(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / checkpoint_file.NAME)
+    with pytest.raises(UserError, match="no file of Checkpoint"), Checkpoint(tmp_path, ALONE) as checkpoint:
+        checkpoint.load()
 
 
-def test_both_damaged_is_refused_and_nothing_removed(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
-        truncate(tmp_path / name)
-    with pytest.raises(UserError, match="--resume never"):
-        checkpoint.find(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+def counted(folders: list[str], saves: int) -> tuple[float, int, bool]:
+    """Each rank alone on a machine, with a disk of its own: what it loads before it saves `saves` times."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    with World.join() as world, Checkpoint(folders[rank], world) as checkpoint:
+        state = checkpoint.load() or {"value": torch.tensor(0.0)}
+        loaded = state["value"].item()
+        for number in range(saves):
+            checkpoint.save({"value": torch.tensor(loaded + number + 1)})
+        return loaded, checkpoint.step, checkpoint.is_writer
 
 
-def test_killed_between_the_renames(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-    real = os.replace
-
-    def replace(source, target):
-        if os.path.basename(target) == checkpoint.NAME:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2)
-    assert newest_step(tmp_path) == 1
+@pytest.mark.ranks
+def test_the_newest_state_is_found_on_whichever_machine_it_lies(tmp_path):
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert run_ranks(counted, 2, [a, b], 3, timeout_s=TIMEOUT_S) == [(0.0, 2, True)] * 2
+    # Rank 0 moves to an empty machine; the state is on the other one.
+    assert run_ranks(counted, 2, [c, b], 1, timeout_s=TIMEOUT_S) == [(3.0, 3, True)] * 2
+    # The first machine returns, with an older state.
+    assert run_ranks(counted, 2, [a, c], 0, timeout_s=TIMEOUT_S) == [(4.0, 3, True)] * 2
+    assert {checkpoint_file.find(tmp_path / name)[1].step for name in "ac"} == {3}
 
 
-def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def no_space(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match="No space left"):
-        save(tmp_path, 2)
-    monkeypatch.undo()
-    assert newest_step(tmp_path) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NAME]
-
-
-def test_refuses_what_is_not_weights_only(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.system, ("touch " + str(tmp_path / "ran"),))
-
-    torch.save({"payload": Evil(), "sha256": ""}, tmp_path / checkpoint.NAME)
-    with pytest.raises(UserError):
-        checkpoint.find(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_move_aside_keeps_everything(tmp_path):
-    (tmp_path / "rank0.jsonl").write_text("x")
-    (tmp_path / ".lock").write_text("")
-    assert checkpoint.move_aside(tmp_path) == tmp_path / "earlier-1"
-    assert checkpoint.move_aside(tmp_path) is None
-    (tmp_path / "rank0.jsonl").write_text("y")
-    assert checkpoint.move_aside(tmp_path) == tmp_path / "earlier-2"
-    assert (tmp_path / "earlier-1" / "rank0.jsonl").read_text() == "x"
-
-
-def test_load_weights_names_what_is_wrong(tmp_path):
-    model = torch.nn.Linear(2, 3)
-    with pytest.raises(UserError, match="does not exist"):
-        checkpoint.load_weights(str(tmp_path / "none.pth"), model)
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_weights(str(tmp_path / "text.pth"), model)
-    torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not fit") as refused:
-        checkpoint.load_weights(str(tmp_path / "other.pth"), model)
-    assert "\n" not in str(refused.value)
+@pytest.mark.ranks
+def test_one_rank_per_disk_writes(tmp_path):
+    folder = str(tmp_path)
+    results = run_ranks(counted, 3, [folder] * 3, 2, timeout_s=TIMEOUT_S)
+    assert [writes for _, _, writes in results] == [True, False, False]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
-from ddp_lib.run_dir import checkpoint
+from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.log import read_events
 from tests.lab.files import flip_a_bit
 from tests.lab.runs import TIMEOUT_S, config, train
@@ -56,8 +56,8 @@ class Machines:
             self.run(*disks, die_at=die_at)
 
     def step_of(self, disk: int) -> int:
-        payload = checkpoint.find(self.disks[disk])
-        return checkpoint.from_bytes(payload)["step"] if payload else -1
+        found = checkpoint_file.find(self.disks[disk])
+        return found[1].step if found else -1
 
     def weights(self, disk: int) -> bytes:
         return (self.disks[disk] / "cifar_net.pth").read_bytes()
@@ -95,7 +95,7 @@ def test_every_disk_has_the_checkpoint_and_the_first_all_logs(machines):
         assert [path.name for path in disk.glob("rank*")] == [name]
         assert not (disk / "cifar_net.pth").exists()
     assert [machines.step_of(disk) for disk in range(3)] == [9, 9, 9]
-    first, *others = [checkpoint.from_bytes(checkpoint.find(disk)) for disk in machines.disks]
+    first, *others = [checkpoint_file.from_bytes(checkpoint_file.find(disk)[0]) for disk in machines.disks]
     for other in others:  # also BatchNorm's buffers, which are rank 0's
         torch.testing.assert_close(other["model"], first["model"], rtol=0, atol=0)
     ends = read_events(a).query("event == 'end'")
@@ -146,7 +146,7 @@ def test_lines_after_the_last_epoch_are_fetched_at_the_next_start(machines):
 
 def test_a_damaged_copy_costs_nothing_where_another_is_whole(machines, unbroken):
     machines.killed(0, 1, die_at=7)
-    flip_a_bit(machines.disks[0] / checkpoint.NAME)
+    flip_a_bit(machines.disks[0] / checkpoint_file.NAME)
     assert machines.step_of(0) == 3  # its predecessor
     machines.run(0, 1)
     assert machines.weights(0) == unbroken
@@ -156,7 +156,7 @@ def test_a_damaged_copy_costs_nothing_where_another_is_whole(machines, unbroken)
 
 def test_no_whole_copy_on_one_machine(machines, unbroken, capfd):
     machines.killed(0, 1, die_at=7)
-    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
+    for name in (checkpoint_file.NAME, checkpoint_file.PREVIOUS):
         os.truncate(machines.disks[1] / name, 100)
     machines.run(0, 1)
     assert "no whole checkpoint" in capfd.readouterr().out
@@ -208,5 +208,5 @@ def test_resume_must_needs_a_checkpoint_and_never_keeps_the_old_run_aside(machin
     machines.run(2, 1, resume="never")
     assert machines.weights(2) == unbroken
     for disk in (1, 2):
-        assert (machines.disks[disk] / "earlier-1" / checkpoint.NAME).exists()
+        assert (machines.disks[disk] / "earlier-1" / checkpoint_file.NAME).exists()
     assert set(read_events(machines.disks[2]).query("event == 'start'")["start"]) == {0}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddp_lib import RankError, TrainConfig, read_run, run_ranks
-from ddp_lib.run_dir import checkpoint
+from ddp_lib.run_dir import checkpoint_file
 from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
@@ -17,9 +17,10 @@ def killed_and_resumed(folder: Path, settings, ranks: int, step: int, lose_optim
         run_ranks(train, ranks, settings, step, timeout_s=TIMEOUT_S)
     assert not (folder / "cifar_net.pth").exists()
     if lose_optimizer:
-        state = checkpoint.from_bytes(checkpoint.find(folder))
+        payload, meta = checkpoint_file.find(folder)
+        state = checkpoint_file.from_bytes(payload)
         state["optimizer"]["state"] = {}
-        checkpoint.save(folder, checkpoint.to_bytes(state))
+        checkpoint_file.save(folder, checkpoint_file.seal(state, meta))
     run_ranks(train, ranks, settings, timeout_s=TIMEOUT_S)
     log = read_run(folder, superseded=True)
     again = log[(log["rank"] == 0) & (log["start"] == 1)]["step"]

@@ -1,0 +1,92 @@
+"""How a rank's end is read, from its status, its report and its log; and which rank was first."""
+
+import json
+import os
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from ddp_lib.launch.failure import cause_of, drop_half_written, read_failure
+from ddp_lib.launch.rank_log import RankLogs
+from tests.launch.test_rank_log import MAIN, STEP, traceback
+
+CAUSE, LOST = 0, 1
+REFUSED = traceback(MAIN, ends="ValueError: bad")
+CLOSED = "Connection closed by peer [10.0.0.2]:4711"
+TORCH = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 7, "all_reduce", "work.wait()")
+HUB = ("/usr/lib/python3/site-packages/hub/download.py", 7, "fetch", "raise")
+LATER = "\n".join(f"step {n}" for n in range(50))
+# Exit code, the log, what is expected: consequence, status, and words of the line.
+ENDS = {
+    "an exception": (1, REFUSED, CAUSE, 1, "ValueError: bad (train.py line 90"),
+    "a program that is wrong": (1, traceback(MAIN, ends="NameError: x"), CAUSE, 2, "NameError: x"),
+    "the package's own": (1, traceback(MAIN, ends="ddp_lib.errors.UserError: no"), CAUSE, 2, ": no"),
+    "a crash in C": (-11, "step 1\n", CAUSE, 139, "died of SIGSEGV"),
+    "a status of its own": (7, "bye\n", CAUSE, 7, "ended with status 7; it printed last: bye"),
+    "a caught exception, and 1 much later": (1, REFUSED + LATER, CAUSE, 1, "it printed last: step 49"),
+    "a lost peer": (1, traceback(MAIN, TORCH, ends=f"RuntimeError: {CLOSED}"), LOST, 75, CLOSED),
+    "another library's peer": (1, traceback(MAIN, HUB, ends=f"RuntimeError: {CLOSED}"), CAUSE, 1, CLOSED),
+    "a killed rank": (-9, "step 1\n", CAUSE, 137, "died of SIGKILL"),
+    "stopped from outside": (-15, "step 1\n", CAUSE, 143, "died of SIGTERM"),
+    "NCCL's watchdog": (-6, f"{LATER}\nWatchdog caught collective operation timeout\n", LOST, 75, "watchdog"),
+    "NCCL's lost peer": (-6, "what(): ncclSystemError: Connection reset by peer\n", LOST, 75, "lost it"),
+    "an abort": (-6, "free(): invalid pointer\n", CAUSE, 134, "died of SIGABRT"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fail(tmp_path):
+    """fail(rank, code, log, error=None, age_s=0): a rank that ended so, as torch says it, and its log."""
+
+    def make(rank: int, code: int, text: str, error: dict | None = None, age_s: float = 0.0):
+        log, error_file = tmp_path / f"rank{rank}.log", tmp_path / f"{rank}.json"
+        log.write_text(text)
+        written = log.stat().st_mtime - age_s
+        os.utime(log, (written, written))
+        if error:
+            extra = {"timestamp": str(int(written)), "py_callstack": "", "time": written, **error}
+            error_file.write_text(json.dumps({"message": {"message": extra.pop("line"), "extraInfo": extra}}))
+        return ProcessFailure(rank, 100 + rank, code, str(error_file)), log
+
+    return make
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_an_end_is_read_from_status_and_log(fail, how):
+    code, text, consequence, status, words = ENDS[how]
+    failure = read_failure(3, *fail(3, code, text))
+    assert (failure.consequence, failure.status) == (consequence, status)
+    assert failure.line.startswith("rank 3 on ") and words in failure.line
+
+
+def test_what_a_rank_reported_stands_though_it_was_killed_afterwards(fail):
+    report = {"line": "--data x is no folder", "consequence": False, "status": 2}
+    failure = read_failure(0, *fail(0, -signal.SIGKILL, "", report))
+    assert failure.status == 2 and failure.line.endswith(": --data x is no folder")
+
+
+@pytest.mark.parametrize(("age_s", "first"), [(3.0, 0), (60.0, 1)])
+def test_an_exception_of_a_rank_that_was_ended_counts_if_it_was_new(fail, tmp_path, age_s, first):
+    """Rank 0 hangs after its exception, rank 1 fails for it; or rank 0 has caught one long ago."""
+    logs = RankLogs(tmp_path, None, None)
+    failures = {}
+    for rank, code, text, age in (0, -15, REFUSED, age_s), (1, 1, traceback(STEP, ends="KeyError: 1"), 0.0):
+        failures[rank], logs.paths[rank] = fail(rank, code, text, age_s=age)
+    assert cause_of(failures, logs, ended={0}).rank == first
+
+
+def test_the_line_of_another_rank_is_not_waiting_for_an_unknown_one(fail):
+    heard = {"line": "rank 0 on a: no room", "consequence": True, "status": 75}
+    own = {"line": f"another rank is gone ({CLOSED})", "consequence": True, "status": 75}
+    assert not read_failure(1, *fail(1, 75, "", heard)).waited
+    assert read_failure(1, *fail(1, 75, "", own)).waited
+
+
+@pytest.mark.parametrize(("text", "stays"), [('{"message": {}}', True), ('{"mess', False), ("", False)])
+def test_a_half_written_error_file_goes(tmp_path, text, stays):
+    path = tmp_path / "error.json"
+    drop_half_written(path)  # there is none
+    path.write_text(text)
+    drop_half_written(path)
+    assert path.exists() == stays
