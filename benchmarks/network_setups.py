@@ -2,11 +2,11 @@
 
 sudo python benchmarks/network_setups.py [--timeout-s 60] [--only WORD]
 
-The machines are network namespaces of this computer. On both machines, both launchers get the same
-environment and the same flags, and nothing else: --nnodes 2 --nproc-per-node 1 --rdzv-endpoint
-MASTER:29500. torchrun also gets --rdzv-backend c10d, which ddp-launch always uses. torchrun starts a plain
-DDP script (plain_ddp.py), ddp-launch its own training. Programs that still run at the timeout are ended.
-Writes results/network_setups.json and the table in the README.
+The machines are network namespaces of this computer. On both machines, `torchrun` and `ddp-launch run` start
+the same plain DDP script (plain_ddp.py) with the same environment and the same flags, and nothing else:
+--nnodes 2 --nproc-per-node 1 --rdzv-endpoint MASTER:29500. torchrun also gets --rdzv-backend c10d, which
+ddp-launch always uses. Programs that still run at the timeout are ended. Writes results/network_setups.json
+and the table in the README.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.lab.namespaces import missing
 from tests.lab.program import Program
 
 PLAIN = Path(__file__).with_name("plain_ddp.py")
-LAUNCHERS = ("torchrun", "ddp-launch")
+LAUNCHERS = ("torchrun", "ddp-launch run")
 MASTER = "10.77.0.10:29500"
 
 
@@ -45,6 +45,51 @@ def one_port(machines: list[Machine]) -> None:
         machine.close_ports(but=29500)
 
 
+def another_network(name: str) -> Callable[[list[Machine]], None]:
+    """On each machine an interface `name` that leads to no other machine; its own host name means the address
+    there, and the default route goes there."""
+
+    def add(machines: list[Machine]) -> None:
+        for machine in machines:
+            address = f"172.{17 + machine.number}.0.1"  # as Docker's bridge has, but another on each
+            for words in (
+                f"link add {name} type veth peer name peer0",
+                f"address add {address}/16 dev {name}",
+                f"link set {name} up",
+                "link set peer0 up",
+                f"route add default dev {name}",
+            ):
+                machine.namespaces.network("ip", *words.split())
+            others = {peer.name: peer.address for peer in machines if peer is not machine}
+            machine.write_hosts({**others, machine.name: address})
+
+    return add
+
+
+def a_first_interface_of_its_own(machines: list[Machine]) -> None:
+    """docker0 stands before eth0 in the system's list, and has the same address on both machines."""
+    for machine in machines:
+        for words in (
+            "link set eth0 down",
+            "link set eth0 name cable",
+            "link add docker0 type bridge",
+            "link set cable name eth0",
+            "link set eth0 up",
+            "address add 172.17.0.1/16 dev docker0",
+            "link set docker0 up",
+        ):
+            machine.namespaces.network("ip", *words.split())
+        machine.write_hosts({peer.name: peer.address for peer in machines if peer is not machine})
+
+
+def names_of_either_family(machines: list[Machine]) -> None:
+    """Names mean IPv6 addresses on the master, and IPv4 addresses on the other machine."""
+    master, other = machines
+    master.write_hosts({machine.name: machine.ipv6 for machine in machines})
+    other.write_hosts({machine.name: machine.ipv4 for machine in machines})
+
+
+BOTH = {"ipv4": True, "ipv6": True}
 # Name, the lab's settings, how the machines are changed, the endpoint.
 SETUPS: list[tuple[str, dict, Callable[[list[Machine]], None], str]] = [
     ("own name means own address", {}, lambda machines: None, "m0:29500"),
@@ -53,28 +98,16 @@ SETUPS: list[tuple[str, dict, Callable[[list[Machine]], None], str]] = [
     ("both machines have one name", {"names": ["box", "box"]}, lambda machines: None, MASTER),
     ("only the master's port is open", {}, one_port, MASTER),
     ("IPv6 only", {"ipv4": False, "ipv6": True}, lambda machines: None, "[fd77::10]:29500"),
+    ("two interfaces; own name and default route mean the other", {}, another_network("lan0"), MASTER),
+    ("docker0 first, with one address on both", {}, a_first_interface_of_its_own, MASTER),
+    ("names mean IPv6 on the master, IPv4 on the other", BOTH, names_of_either_family, "m0:29500"),
 ]
 
 
 def start(launcher: str, machine: Machine, endpoint: str) -> Program:
     line = f"--nnodes 2 --nproc-per-node 1 --rdzv-endpoint {endpoint}".split()
-    if launcher == "torchrun":
-        return machine.start(["torchrun", *line, "--rdzv-backend", "c10d", str(PLAIN)])
-    data = machine.folder.parents[1]
-    training = f"--data {data / 'images'} --data-dir {data / 'data'} --epochs 2".split()
-    # A model as small as that of plain_ddp.py, because the set-ups are compared and not the training.
-    training += ["--model", "tests.lab.models:Plain", "--run-dir", str(machine.folder / "run")]
-    return machine.start(["ddp-launch", "train", *line, *training])
-
-
-def make_images(folder: Path) -> None:
-    """128 training images, which are one step per epoch, and 16 test images."""
-    from PIL import Image
-
-    for number in range(144):
-        file = folder / ("train" if number < 128 else "test") / f"class{number % 2}" / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (number, 255 * (number % 2), 0)).save(file)
+    head = {"torchrun": ["torchrun", "--rdzv-backend", "c10d"], "ddp-launch run": ["ddp-launch", "run"]}
+    return machine.start([*head[launcher], *line, str(PLAIN)])
 
 
 def outcome(programs: list[Program], timeout_s: float) -> tuple[str, float]:
@@ -106,16 +139,12 @@ def main() -> None:
         raise SystemExit(lacks)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        from ddp_lib.data.dataset import load_dataset
-
-        make_images(Path(folder) / "images")
-        load_dataset(str(Path(folder) / "images"), Path(folder) / "data")  # before anything is timed
         for number, (name, settings, change, endpoint) in enumerate(SETUPS):
             if options.only not in name:
                 continue
             row: dict[str, str | float] = {"network set-up": name}
             for launcher in LAUNCHERS:
-                with Lab(2, Path(folder) / f"{number}-{launcher}", **settings) as lab:
+                with Lab(2, Path(folder) / f"{number}-{launcher.split()[0]}", **settings) as lab:
                     change(lab.machines)
                     programs = [start(launcher, machine, endpoint) for machine in lab.machines]
                     what, seconds = outcome(programs, options.timeout_s)
@@ -128,13 +157,12 @@ def main() -> None:
     result = save(
         "network_setups",
         "Network set-ups and launchers",
-        "Two machines (network namespaces), one rank each. Both launchers get the same flags and "
-        "environment. torchrun starts a plain DDP script of 20 steps; ddp-launch starts its own training of "
-        "two steps, with evaluation, checkpoints and results. Seconds are counted until the programs on "
-        "both machines have ended, the start of Python included. Programs that still ran after "
+        "Two machines (network namespaces), one rank each. Both launchers start the same plain DDP script of "
+        "20 steps, with the same flags and environment. Seconds are counted until the programs on both "
+        "machines have ended, the start of Python included. Programs that still ran after "
         f'{options.timeout_s:g} s were ended; the table says "hangs".',
         rows,
-        [f"torchrun works in {works[0]} of {len(rows)} set-ups, ddp-launch in {works[1]}."],
+        [f"torchrun works in {works[0]} of {len(rows)} set-ups, ddp-launch run in {works[1]}."],
     )
     into_readme("network_setups", result)
     print(table(rows))
