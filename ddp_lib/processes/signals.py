@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ _relayed: list[int] = []  # signals that this process has sent itself
 # it had started the ranks before.
 AGENT, GRACE, STARTS = "DDP_LIB_AGENT", "DDP_LIB_GRACE_S", "DDP_LIB_STARTS"
 _GRACE_S = 30.0
+# Linux's struct ucred: process, user and group id of who wrote to a socket.
+_PID, _CREDENTIALS = struct.Struct("i"), socket.CMSG_SPACE(struct.calcsize("3i"))
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -46,6 +49,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
+            if hasattr(socket, "SO_PASSCRED"):  # Linux: each byte comes with its writer's process id
+                self._reader.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._old = {n: signal.signal(n, self._handle) for n in stop_signals()}
             self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
@@ -80,12 +85,14 @@ class StopSignal:
                 try:
                     if number:
                         self._reader.settimeout(max(0.001, deadline - time.monotonic()))
-                    received = self._reader.recv(1)
+                    received, ancillary, _, _ = self._reader.recvmsg(1, _CREDENTIALS)
                 except TimeoutError:
                     break
                 if not received:
                     return
-                if received[0] in _SIGNALS:
+                # A fork that has just begun still writes here: its signals are its own.
+                others = any(_PID.unpack_from(data)[0] != os.getpid() for _, _, data in ancillary)
+                if received[0] in _SIGNALS and not others:
                     if received[0] in _relayed:
                         _relayed.remove(received[0])
                     elif received[0] == signal.SIGINT:

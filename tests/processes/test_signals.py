@@ -48,6 +48,16 @@ STOPS = {
         -15,
         "",
     ),
+    # libc's fork runs none of Python's hooks, as if the child hung before them.
+    "a fork that has just begun": (
+        "import ctypes\nlibc = ctypes.PyDLL(None)\n"
+        "with StopSignal(grace_s=0) as stop:\n    stop.deferred = True\n"
+        "    if not libc.fork(): libc['raise'](15), os._exit(0)\n"
+        f"    os.wait()\n    time.sleep(0.2)\n    {READY}\n    while not stop.requested: time.sleep(0.01)\n"
+        "    time.sleep(1000)",
+        143,
+        "",
+    ),
     # A DataLoader ends its forked workers with SIGTERM: not a signal for this process.
     "forked child": (
         "with StopSignal(grace_s=0) as stop:\n    up, tell = os.pipe()\n    child = os.fork()\n"
