@@ -48,6 +48,7 @@ class Agent(LocalElasticAgent):
     absent: Mapping[int, str] = MappingProxyType({})
     end: tuple[str, int] | None = None
     began = False
+    goodbyes = 0  # of other machines that have left an elastic job, and are known
     closed_s: float | None = None
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
@@ -100,6 +101,12 @@ class Agent(LocalElasticAgent):
                     "notice: frozen? See that machine's output; the same command goes on from the "
                     "last checkpoint"
                 )
+        if result.is_failed() and not self.peers.fixed and self.peers.count_goodbyes() > self.goodbyes:
+            self.goodbyes = self.peers.count_goodbyes()
+            text = "another machine has left the job: going on without it"
+            print(f"ddp-launch: {text}", file=sys.stderr, flush=True)
+            self._restart_workers(worker_group)
+            return RunResult(state=WorkerState.HEALTHY)
         if result.is_failed() and self._remaining_restarts > 0:
             cause, most = self.cause(result.failures), worker_group.spec.max_restarts
             absent = cause.consequence and self.absent

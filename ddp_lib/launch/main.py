@@ -5,7 +5,7 @@ import io
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -148,6 +148,7 @@ def run(args: list[str]) -> int:
         print(plain_command(launch, script.target, given.script.join_timeout_s))
         return 0
     os.environ["DDP_LIB_TIMEOUT_S"] = str(given.script.timeout_s)
+    launch = replace(launch, timeout_s=given.script.timeout_s)
     return start_agent(launch, given.script.join_timeout_s, ScriptRanks(script, given.script))
 
 
@@ -165,7 +166,8 @@ def train(args: list[str]) -> int:
         collect_garbage()
         return run(given.training)
     ranks = ForkedRanks("ddp_lib.train:run", (given.training,), PRELOAD)
-    return start_agent(read_launch(given.launch), given.training.join_timeout_s, ranks)
+    launch = replace(read_launch(given.launch), timeout_s=given.training.timeout_s)
+    return start_agent(launch, given.training.join_timeout_s, ranks)
 
 
 def _read(options: LaunchOptions) -> Launch:

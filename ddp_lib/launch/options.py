@@ -103,6 +103,7 @@ class Launch:
     max_restarts: int
     check: bool = True  # whether to compare the machines before the ranks start
     grace_s: float = 30.0
+    timeout_s: float = 120.0  # of a collective, in the ranks
     local: tuple[int, int] | None = None  # local rank and number of local ranks, if variables give them
 
     @property

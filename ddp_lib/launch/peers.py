@@ -22,6 +22,8 @@ from ddp_lib.processes.signals import stop_signals
 # others to read that before it leaves; how long the first launcher may take to announce itself; how long the
 # thread that checks may take to end.
 _LOOK_S, _LINGER_S, _FIRST_S, _END_S = 0.3, 1.5, 5.0, 5.0
+# How much longer than --timeout-s the store may be silent.
+_SILENCE_S = 5.0
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Peers:
     seen: tuple[str, int] | None = None
     published: tuple[str, int] | None = None
     _id: str = field(default_factory=token_hex)
+    _heard_s: float = 0.0  # monotonic time of the store's last answer
     _done: threading.Event = field(default_factory=threading.Event)
     _calling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -53,7 +56,8 @@ class Peers:
 
     def announce(self) -> None:
         """Announces this machine. UserError if its flags contradict those of earlier machines."""
-        me = {"machine": self.machine, "nnodes": self.launch.nodes_text, "check": self.launch.check}
+        me = {"machine": self.machine, "id": self._id}
+        me |= {"nnodes": self.launch.nodes_text, "check": self.launch.check}
         number = self.store.add("agents", 1)
         self.store.set(f"agent/{number}", json.dumps(me))
         trouble = ""
@@ -118,7 +122,9 @@ class Peers:
     def publish_signal(self, status: int) -> None:
         """Ends the job on every machine: a signal has ended this launcher. status: 128 + its number."""
         self.stop_watching()
-        if not self.seen:
+        if not self.fixed:
+            self.say_goodbye()  # before the ranks end, and with them those of the other machines
+        elif not self.seen:
             name = signal.Signals(status - 128).name
             self.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
 
@@ -145,6 +151,17 @@ class Peers:
                     return
                 time.sleep(0.1)
 
+    def say_goodbye(self) -> None:
+        """This machine leaves an elastic job that goes on."""
+        with suppress(RuntimeError):
+            self.store.add("goodbyes", 1)
+
+    def count_goodbyes(self) -> int:
+        """How many machines have left."""
+        with suppress(RuntimeError):
+            return self.store.add("goodbyes", 0)
+        return 0
+
     def ask_for_absent(self) -> None:
         """This machine's ranks timed out: asks the other launchers which of theirs did not come."""
         with suppress(RuntimeError):
@@ -152,35 +169,63 @@ class Peers:
 
     @contextmanager
     def watching(
-        self, call: Callable[[str, int], None], look_for_absent: Callable[[], None]
+        self,
+        call: Callable[[str, int], None],
+        look_for_absent: Callable[[], None],
+        lost: Callable[[float], None],
     ) -> Iterator[None]:
         """Inside, a thread calls `call` with line and status if another launcher ends the job, and
-        `look_for_absent` if another launcher asks for it."""
+        `look_for_absent` if another launcher asks for it. Another thread calls `lost` with the seconds of
+        silence if the store does not answer: the first is then blocked inside torch, and perhaps all of this
+        process."""
+        left = threading.Event()
 
         def look() -> None:
-            asked = False
-            while not self._done.wait(_LOOK_S):
+            asked = called = False
+            while not left.wait(_LOOK_S):
                 with suppress(RuntimeError):
+                    self.store.add(f"alive/{self._id}", 1)
+                    self._heard_s = time.monotonic()
                     if not asked and self.store.check(["asks"]):
                         asked = True
                         if self.store.get("asks").decode() != self._id:
                             look_for_absent()
-                end = self.read_end()
+                end = None if called else self.read_end()
                 with self._calling:
                     if end and not self._done.is_set():
-                        self.seen = end
+                        self.seen, called = end, True
                         call(*end)
-                        return
 
-        thread = threading.Thread(target=look, name="peers", daemon=True)
-        if self.fixed:
+        def watch() -> None:
+            while not left.wait(_LOOK_S):
+                silence_s = time.monotonic() - self._heard_s
+                if silence_s > self.launch.timeout_s + _SILENCE_S:
+                    lost(silence_s)
+                    return
+
+        self._heard_s = time.monotonic()
+        threads = [threading.Thread(target=f, name="peers", daemon=True) for f in (look, watch)]
+        for thread in threads:
             thread.start()
         try:
             yield
         finally:
             self.stop_watching()
-            if self.fixed:  # Python aborts if a thread is inside torch's C++ when it ends
+            left.set()
+            for thread in threads:  # Python aborts if a thread is inside torch's C++ when it ends
                 thread.join(_END_S)
+
+    def silent_since(self, seconds: float) -> list[str]:
+        """Watches the other launchers so long; those that give no sign of life meanwhile."""
+        with suppress(RuntimeError):
+            keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
+            others = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+            others = [other for other in others if other["id"] != self._id]
+            before = [self.store.add(f"alive/{other['id']}", 0) for other in others]
+            time.sleep(seconds)
+            after = [self.store.add(f"alive/{other['id']}", 0) for other in others]
+            return [o["machine"] for o, b, a in zip(others, before, after, strict=True) if a == b]
+        return []
 
     def stop_watching(self) -> None:
         """Before this machine's own end, which the thread would see. Waits for a call that has begun."""

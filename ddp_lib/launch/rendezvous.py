@@ -12,6 +12,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousTimeout,
+    _RendezvousExitOp,
 )
 
 from ddp_lib.distributed.addresses import (
@@ -24,14 +25,26 @@ from ddp_lib.distributed.addresses import (
 )
 from ddp_lib.distributed.store import host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
+from ddp_lib.launch.arrival import ArrivalTimes
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.peers import Peers
 
 # How long an elastic job with its minimum of machines waits for more; later ones may still join.
 _LAST_CALL_S = 10
+# How long saying good-bye may take.
+_LEAVE_S = 5
 
 
-def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[DynamicRendezvousHandler, str, Peers]:
+class Rendezvous(DynamicRendezvousHandler):
+    """torch's, which a machine may also leave without closing it for the others."""
+
+    def leave(self) -> None:
+        """Takes this machine out of an elastic job, which goes on without it."""
+        self._stop_heartbeats()
+        self._op_executor.run(_RendezvousExitOp(), self._get_deadline(timedelta(seconds=_LEAVE_S)))
+
+
+def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, str, Peers]:
     """Hosts the store or reaches it, and announces this machine; UserError if that fails.
 
     Returns torch's rendezvous, MASTER_ADDR for this machine's ranks, and the launchers that have come.
@@ -52,13 +65,14 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[DynamicRende
     )
     address = own_address(endpoint, not several)
     first = number if number is not None else int(not hosts)
-    handler = DynamicRendezvousHandler.from_backend(
+    last_call = timedelta(seconds=_LAST_CALL_S)
+    handler = Rendezvous.from_backend(
         launch.job,
         store,
-        C10dRendezvousBackend(store, launch.job),
+        ArrivalTimes(C10dRendezvousBackend(store, launch.job), last_call),
         *launch.nodes,
         local_addr=f"{first:06d} {address}",  # torch sorts the machines by it
-        timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), timedelta(seconds=_LAST_CALL_S)),
+        timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), last_call),
     )
     peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address, hosts)
     if several:

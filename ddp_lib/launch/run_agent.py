@@ -5,9 +5,11 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from contextlib import nullcontext, suppress
 
+import psutil
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,7 +23,7 @@ from ddp_lib.launch.failure import RankFailure
 from ddp_lib.launch.machines import compare_machines
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.ranks import Ranks
-from ddp_lib.launch.rendezvous import open_rendezvous
+from ddp_lib.launch.rendezvous import Rendezvous, open_rendezvous
 from ddp_lib.processes.exit_status import print_error
 from ddp_lib.processes.forkserver import no_main_module
 from ddp_lib.processes.signals import kill_descendants, relay, stop_signals
@@ -29,6 +31,8 @@ from ddp_lib.processes.signals import kill_descendants, relay, stop_signals
 # If this machine's ranks only lost another rank, wait so long for the other machine's reason: a failed rank
 # may linger before its agent learns of it.
 _CAUSE_S = LINGER_S + 5
+# A machine is silent if its launcher gives no sign of life for so long. How long ranks may take to end.
+_ALIVE_S, _END_S = 2.0, 4.0
 
 
 def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -> int:
@@ -53,7 +57,10 @@ def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -
                 if absent := agent.look_for_absent():
                     peers.publish_end(agent.line_of(absent), MAY_PASS)
 
-        watching = peers.watching(_stop, look_for_absent) if launch.endpoint else nullcontext()
+        def lost(seconds: float) -> None:
+            _lose_master(launch, seconds)
+
+        watching = peers.watching(_stop, look_for_absent, lost) if launch.endpoint else nullcontext()
         try:
             with watching:
                 compare_machines(peers, ranks, nproc, join_timeout_s)
@@ -71,7 +78,7 @@ def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -
                 agent = Agent(spec, logs, start_method=start_method, log_line_prefix_template=prefix)
                 agent.peers, agent.logs = peers, logs
                 agents.append(agent)
-                return _run(agent, join_timeout_s)
+                return _run(agent, handler, join_timeout_s)
         except (SignalException, SystemExit):
             if peers.seen:  # the signal came from `_stop`: another machine ended the job
                 return peers.seen[1]
@@ -86,7 +93,7 @@ def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -
         kill_descendants()
 
 
-def _run(agent: Agent, join_timeout_s: float) -> int:
+def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:
     peers, succeeded = agent.peers, False
     try:
         try:
@@ -128,9 +135,12 @@ def _run(agent: Agent, join_timeout_s: float) -> int:
         peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
         raise
     finally:
-        if not succeeded:  # the ranks of another machine may still be at work
-            with suppress(RendezvousError, DistError):
-                agent._rdzv_handler.shutdown()
+        stopped = isinstance(sys.exc_info()[1], (SignalException, SystemExit))
+        with suppress(RendezvousError, DistError):
+            if not peers.fixed and (stopped or not agent.began):  # an elastic job goes on without us
+                handler.leave()
+            elif not succeeded:  # the ranks of another machine may still be at work
+                handler.shutdown()
 
 
 def _stop(line: str, status: int) -> None:
@@ -139,6 +149,24 @@ def _stop(line: str, status: int) -> None:
         print_error(line)
     # torch's agent then ends its ranks and raises.
     relay(status - 128 if status - 128 in stop_signals() else signal.SIGTERM)
+
+
+def _lose_master(launch: Launch, seconds: float) -> None:
+    """Called from a thread: the main thread may be blocked inside torch until TCP gives up."""
+    with suppress(OSError):
+        print_error(
+            f"{launch.endpoint} has not answered for {seconds:.0f} s: that machine is off or frozen, or the "
+            "network is down; the same command goes on from the last checkpoint"
+        )
+    ranks = psutil.Process().children(recursive=True)
+    for rank in ranks:
+        with suppress(psutil.Error):
+            rank.terminate()
+    psutil.wait_procs(ranks, timeout=_END_S)
+    try:
+        kill_descendants()
+    finally:
+        os._exit(MAY_PASS)
 
 
 def _explain(error: Exception, agent: Agent, join_timeout_s: float) -> UserError:
@@ -170,4 +198,9 @@ def _agree_on_cause(failure: RankFailure, agent: Agent) -> tuple[str, int]:
     deadline = time.monotonic() + _CAUSE_S
     while not (end := peers.read_end()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    if not end and (silent := peers.silent_since(_ALIVE_S)):
+        line, status = (
+            f"{', '.join(silent)} does not answer: off, frozen, or cut off from the network",
+            MAY_PASS,
+        )
     return end or peers.publish_end(line, status)
