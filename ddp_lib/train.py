@@ -7,6 +7,7 @@ ddp-launch train --nproc-per-node 2 --data shapes              two, by this pack
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -189,13 +190,17 @@ def load_same_data(config: TrainConfig, precision: str, world: World, data: Data
     equal[f"--precision {config.precision}, which here"] = precision
     compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
-        say = partial(world.say, every_node=True)
-        data = load_dataset(
-            config.data, config.data_dir, config.data_timeout_s, say, image_size=config.image_size
-        )
+        data = load_own_data(config, partial(world.say, every_node=True))
     images = {"the number of training images": len(data.train), "the digest of the data": data.digest[:16]}
     compare(world, "data", images, "copy the same data to every machine", config.data_timeout_s)
     return data
+
+
+def load_own_data(config: TrainConfig, log: Callable[[str], None]) -> Dataset:
+    """The data set that `config` names, as this machine has it."""
+    return load_dataset(
+        config.data, config.data_dir, config.data_timeout_s, log, image_size=config.image_size
+    )
 
 
 def make_replica(
@@ -247,7 +252,7 @@ def run(config: TrainConfig) -> int:
         World.join(
             backend=config.backend, join_timeout_s=config.join_timeout_s, timeout_s=config.timeout_s
         ) as world,
-        outcome.reported_first(world.store_group.published_error),
+        outcome.reported_first(world.store_group.published_error, world.store_group.silent_ranks),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()

@@ -7,7 +7,7 @@ containers it may not resolve. The address on the route to the master works.
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -53,6 +53,27 @@ def port_number(name: str, text: str) -> int:
     if not 1 <= port <= 65535:
         raise UserError(f"{name}={text!r} is not a TCP port: give a number from 1 to 65535, such as 29500")
     return port
+
+
+def host_part(name: str, text: str) -> str:
+    """The host name or address in `text`; `name` is the variable or flag that held it.
+
+    UserError, which names the wrong part, if it holds more than that.
+    """
+    host, wrong = text.strip(), ""
+    if "://" in host:
+        wrong = f"leave out {host.partition('://')[0]}://"
+    elif "@" in host:
+        wrong = f"leave out {host.partition('@')[0]}@"
+    elif host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif "[" in host or host.count(":") == 1:
+        wrong = f"the port, {host.rpartition(':')[2]}, belongs into MASTER_PORT"
+    if host.lower().startswith("fe80:"):
+        wrong = "a link-local address means another machine on each interface; give another one"
+    if wrong or any(mark in host for mark in " /,"):
+        raise UserError(f"{name}={text!r}: {wrong or 'give one host name or address'}")
+    return host
 
 
 def resolve(host: str, port: int) -> list[str]:
@@ -116,10 +137,25 @@ def is_here(endpoint: Endpoint) -> bool:
     return any(a in mine or is_loopback(a) for a in resolve(endpoint.host, endpoint.port))
 
 
-def own_address(endpoint: Endpoint, one_machine: bool) -> str:
-    """This machine's address as seen by the others at `endpoint`; empty if there is none."""
+def is_guess(endpoint: Endpoint) -> bool:
+    """Whether only the others know at which address they reach this machine: the endpoint is a name of it,
+    and it has several interfaces. The name may mean loopback here, or an interface that leads elsewhere."""
+    mine, outward = own_addresses(), outward_addresses()
+    by_name = endpoint.host not in mine and endpoint.host != "localhost" and not is_loopback(endpoint.host)
+    return by_name and is_here(endpoint) and len({mine[address] for address in outward}) > 1
+
+
+def own_address(endpoint: Endpoint, one_machine: bool, environ: Mapping[str, str] = os.environ) -> str:
+    """This machine's address as seen by the others at `endpoint`; empty if there is none.
+
+    It is on the interface that GLOO_SOCKET_IFNAME names, if that is set.
+    """
     mine = own_addresses()
     addresses = endpoint_addresses(endpoint, one_machine)
+    if names := interface_names(environ):
+        usable = [a for a in mine if mine[a] == names[0] and not a.startswith("fe80:")]
+        same_family = [a for a in usable if any((":" in a) == (":" in other) for other in addresses)]
+        return next(iter([*(a for a in addresses if a in usable), *same_family, *usable]), "")
     for address in addresses:
         if address in mine or is_loopback(address):
             return address
@@ -129,16 +165,63 @@ def own_address(endpoint: Endpoint, one_machine: bool) -> str:
     return ""
 
 
+def interface_names(environ: Mapping[str, str]) -> list[str]:
+    """Those that GLOO_SOCKET_IFNAME names, which is a list with commas."""
+    return [name.strip() for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
+
+
+def require_interfaces(environ: Mapping[str, str] = os.environ) -> None:
+    """UserError if GLOO_SOCKET_IFNAME names an interface that this machine lacks."""
+    there = psutil.net_if_addrs()
+    for name in interface_names(environ):
+        if name not in there:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME={environ['GLOO_SOCKET_IFNAME']!r}: {socket.gethostname()} has no "
+                f"interface {name!r}, but {', '.join(there)}: correct it, or unset it to have it chosen"
+            )
+
+
 def name_interface(
-    endpoint: Endpoint, one_machine: bool, environ: MutableMapping[str, str] = os.environ
+    endpoint: Endpoint,
+    one_machine: bool,
+    environ: MutableMapping[str, str] = os.environ,
+    address: str | None = None,
 ) -> str | None:
-    """Tells gloo and NCCL which interface to use, unless the user did; returns its name."""
-    name = own_addresses().get(own_address(endpoint, one_machine))
+    """Tells gloo and NCCL which interface to use, unless the user did; returns its name.
+
+    address: this machine's, if it is known how the others reach it.
+    """
+    name = own_addresses().get(address or own_address(endpoint, one_machine, environ))
     if name:
         environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if name != "lo":  # NCCL refuses lo, and needs no interface on one machine
             environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
     return name
+
+
+def other_interfaces(environ: Mapping[str, str] = os.environ) -> str:
+    """A hint that names this machine's other interfaces, if it has any."""
+    used = interface_names(environ)
+    others = {n: a for a in outward_addresses() for n in [own_addresses()[a]] if n not in used}
+    if not others:
+        return ""
+    names = ", ".join(f"{name} ({address})" for name, address in others.items())
+    return (
+        f"; or, if the machines share another network, set GLOO_SOCKET_IFNAME to its interface: {names} on "
+        f"{socket.gethostname()}, which has tried {', '.join(used)}"
+    )
+
+
+def mtu_cure(environ: Mapping[str, str] = os.environ) -> str:
+    """What to do if large packets get lost."""
+    stats = psutil.net_if_stats()
+    name = next(filter(stats.get, interface_names(environ)), "")
+    return (
+        f"the MTU ({stats[name].mtu} on {name} here) is too large for the way there: try "
+        f"`ip link set dev {name} mtu 1200`, or less, on every machine"
+        if name
+        else "the MTU is too large for the way there"
+    )
 
 
 def wait_until_true(check: Callable[[], bool], deadline: float, pause_s: float = 0.05) -> bool:

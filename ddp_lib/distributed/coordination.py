@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LINGER_S = 3.0
 # A wait inside C++ holds the connection and blocks signal handlers, so ranks wait in pieces this long.
 WAIT_S = 0.5
+# How long a rank that timed out waits for the others to say that they did too.
+_SILENT_S = 2.0
 # How much longer than its own timeout a rank waits for rank 0 to publish who is missing.
 _ANSWER_S = 2.0
 
@@ -44,6 +46,7 @@ class StoreGroup:
     rank: int | None = 0
     world_size: int = 1
     hosts_store: bool = False
+    hosts: list[str] = field(default_factory=list)  # each rank's machine, once they have joined
     _published: bool = field(default=False, repr=False)
     _calls: int = field(default=0, repr=False)
 
@@ -134,6 +137,33 @@ class StoreGroup:
                 published = json.loads(self.store.get("error"))
                 return PeerError(published["error"], published["status"])
         return None
+
+    def silent_ranks(self) -> TransientError | None:
+        """Says which ranks did not time out as this one did: they are frozen, off, or elsewhere."""
+        if not self.hosts:
+            return None
+        answers: dict[int, bool] = {}
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                self.store.set(f"timed out/{self.rank}", "")
+                time.sleep(_SILENT_S)
+                for rank in range(self.world_size):
+                    answers[rank] = self.store.check([f"timed out/{rank}"])
+
+        # If rank 0's machine is silent, the call into C++ does not return.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2 * _SILENT_S)
+        if not answers:
+            answers = {rank: rank != 0 for rank in range(self.world_size)}
+        silent = [f"rank {rank} on {self.hosts[rank]}" for rank in answers if not answers[rank]]
+        if not silent:
+            return None
+        return TransientError(
+            f"{', '.join(silent)} did not come to a collective, and does not answer: hung, frozen, off, or "
+            "cut off from the network; the same command goes on from the last checkpoint"
+        )
 
     def wait_until_read(self) -> None:
         """Makes the store's host wait, at most LINGER_S, until the others have read the last answer."""

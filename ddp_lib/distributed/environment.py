@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ddp_lib.distributed.addresses import Endpoint, port_number
+from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
 from ddp_lib.errors import UserError
 
 
@@ -86,6 +86,7 @@ def _from_rank(env: Mapping[str, str]) -> RankEnv:
         raise UserError("MASTER_ADDR is not set: set it to the address or name of rank 0's machine")
     if world_size > 1 and port_text is None:
         raise UserError("MASTER_PORT is not set: set the same free port on every machine, such as 29500")
+    address = host_part("MASTER_ADDR", address)
     port = 0 if port_text is None else port_number("MASTER_PORT", port_text)
     return RankEnv(rank, world_size, local_rank, local_world_size, node, address, port, "environment")
 
@@ -105,7 +106,7 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     local_rank = _number(env, "SLURM_LOCALID", cure)
     _check_range("SLURM_LOCALID", local_rank, "SLURM_STEP_TASKS_PER_NODE", local_world_size)
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    address = env.get("MASTER_ADDR", "").strip() or first_host(nodes or "")
+    address = host_part("MASTER_ADDR", env.get("MASTER_ADDR", "").strip() or first_host(nodes or ""))
     if world_size > 1 and not address:
         raise UserError("SLURM_JOB_NODELIST is not set: set MASTER_ADDR to rank 0's machine")
     if "MASTER_PORT" in env:

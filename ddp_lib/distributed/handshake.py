@@ -10,11 +10,11 @@ from uuid import uuid4
 import torch
 
 from ddp_lib import __version__
-from ddp_lib.distributed.addresses import own_address
+from ddp_lib.distributed.addresses import mtu_cure, other_interfaces, own_address
 from ddp_lib.distributed.coordination import StoreGroup, require_equal
 from ddp_lib.distributed.environment import RankEnv
-from ddp_lib.distributed.probe import Probe, connect_all
-from ddp_lib.errors import UserError
+from ddp_lib.distributed.probe import LARGE_LOST, Probe, connect_all
+from ddp_lib.errors import PeerError, TransientError, UserError
 
 
 def versions() -> dict[str, str]:
@@ -32,6 +32,12 @@ def handshake(
     ddp_lib differ, if machines cannot connect to each other, or if ranks do not come.
     """
     host, size = socket.gethostname(), rank_env.world_size
+    if group.store.check(["joined"]):
+        raise PeerError(
+            f"{rank_env.endpoint} belongs to a job of {group.store.get('joined').decode()} that has started: "
+            "choose another port on every machine, or end that job first",
+            TransientError.status,
+        )
     tries = rank_env.local_rank == 0 and not rank_env.one_machine
     address = own_address(rank_env.endpoint, False) if tries else ""
     probing: AbstractContextManager[Probe | None] = closing(Probe(address)) if address else nullcontext()
@@ -63,14 +69,17 @@ def handshake(
             return ranks
 
         ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
-        own = ranks[rank_env.rank]
-        if own["id"] != mine["id"]:  # this rank came too late: another has its number
-            raise _taken(rank_env.rank, own["host"], host, size)
+        own = ranks[rank_env.rank] if rank_env.rank < len(ranks) else ranks[0]
+        if own["id"] != mine["id"]:  # this rank came too late: it is no concern of the others
+            raise PeerError(str(_taken(rank_env.rank, own["host"], host, size)))
         if not rank_env.one_machine:
             trouble = connection_trouble(ranks, rank_env.rank) if probe else ""
             # The other local ranks wait while each machine's first tries its connections.
             until = max(deadline, time.monotonic() + timeout_s)
             group.exchange("connect", trouble, timeout_s, raise_first, deadline=until)
+    group.hosts = [theirs["host"] for theirs in ranks]
+    if group.hosts_store:  # in an agent's store, the ranks of the next start would find it
+        group.store.set("joined", f"{size} rank(s), of which {host} has number 0,")
     for rank, theirs in enumerate(ranks):
         if theirs["backend"] != "nccl":
             return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
@@ -96,10 +105,15 @@ def connection_trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
     for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):
         if link.trouble:
             address, port = theirs["probe"]
-            return (
+            text = (
                 f"{socket.gethostname()} reaches the master, but its connection to {theirs['host']} at "
-                f"{address}, port {port}, {link.trouble}: gloo and NCCL use ports that the system picks, so "
-                "open all ports between the machines, not MASTER_PORT alone; in a container, run it with "
-                "--network host"
+                f"{address}, port {port}, {link.trouble}: "
+            )
+            if link.trouble == LARGE_LOST:
+                return text + mtu_cure()
+            return (
+                f"{text}gloo and NCCL use ports that the system picks, so open all ports between the "
+                "machines, not MASTER_PORT alone; in a container, run it with --network host"
+                f"{other_interfaces()}"
             )
     return ""

@@ -17,13 +17,17 @@ from dataclasses import dataclass
 CONNECT_S = 4.0
 _CHUNK = 1 << 18
 _MOST_BYTES = 1 << 34
+# Bytes that go both ways in one piece. If the MTU is too large somewhere on the way, they do not arrive.
+_LARGE = 1 << 16
+LARGE_LOST = f"passes small packets, but not {_LARGE >> 10} KiB"
 
 
 class Probe:
     """Listens on `address`, on a port that the system picks, until it is closed.
 
-    Answers two requests of one line: "ping" with the sender's address and the time; "load N" with the same,
-    after N more bytes have come. It keeps nothing and reads nothing else.
+    Answers three requests of one line: "ping" with the sender's address and the time; "load N" with the same,
+    after N more bytes have come; "echo N" with these, and as many bytes. It keeps nothing and reads nothing
+    else.
     """
 
     def __init__(self, address: str) -> None:
@@ -51,12 +55,15 @@ def _answer(peer: socket.socket, source: str) -> None:
         buffer = memoryview(bytearray(_CHUNK))
         while (line := file.readline(100)).endswith(b"\n"):  # else the end, or not a probe's line
             words = line.split()
-            left = min(int(words[1]), _MOST_BYTES) if words[0] == b"load" else 0
+            count = min(int(words[1]), _MOST_BYTES) if words[0] in (b"load", b"echo") else 0
+            left = count
             while left > 0:
                 got = file.readinto(buffer[:left])
                 if not got:
                     return
                 left -= got
+            if words[0] == b"echo":
+                peer.sendall(bytes(min(count, _LARGE)))
             peer.sendall(json.dumps({"you": source, "time": time.time()}).encode() + b"\n")
 
 
@@ -74,7 +81,8 @@ class Link:
 
 
 def connect(address: str, port: int, pings: int = 1) -> Link:
-    """Connects to a probe and pings it `pings` times; the fastest answer counts."""
+    """Connects to a probe, pings it `pings` times, of which the fastest answer counts, and sends it a large
+    piece, which it sends back."""
     links = []
     try:
         with socket.create_connection((address, port), timeout=CONNECT_S) as peer:
@@ -85,11 +93,15 @@ def connect(address: str, port: int, pings: int = 1) -> Link:
                 answer = json.loads(_read_line(peer))
                 latency_s = time.perf_counter() - began
                 links.append(Link("", answer["you"], latency_s, answer["time"] - (sent + latency_s / 2)))
+            peer.sendall(b"echo %d\n" % _LARGE + bytes(_LARGE))
+            with peer.makefile("rb") as file:
+                if len(file.read(_LARGE)) < _LARGE or not file.readline().endswith(b"\n"):
+                    raise OSError("the connection was closed")
         return min(links, key=lambda link: link.latency_s)
     except ConnectionRefusedError:
         return Link("is refused")
     except TimeoutError:
-        return Link("gets no answer")
+        return Link(LARGE_LOST if links else "gets no answer")
     except (OSError, ValueError) as error:
         return Link(f"fails ({getattr(error, 'strerror', None) or error})")
 

@@ -1,5 +1,6 @@
 """The key-value store at the master: host it, or wait for the master and connect to it."""
 
+import json
 import os
 import socket
 import stat
@@ -16,13 +17,18 @@ import torch.distributed as dist
 from ddp_lib.distributed.addresses import (
     Endpoint,
     endpoint_addresses,
+    is_guess,
     is_here,
     is_loopback,
+    mtu_cure,
+    name_interface,
+    own_address,
     own_addresses,
+    require_interfaces,
     resolve,
     wait_until_true,
 )
-from ddp_lib.distributed.coordination import StoreGroup
+from ddp_lib.distributed.coordination import StoreGroup, wait_for
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.relay import relay_other_family
 from ddp_lib.errors import TransientError, UserError, first_line
@@ -33,6 +39,9 @@ _RETRY_S = 0.2
 
 def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
     """Returns when the endpoint's host resolves; UserError after `join_timeout_s`."""
+    # torch asks the name server for the name of each peer's address. If that server does not answer, glibc
+    # would wait 10 s each time.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
     deadline = time.monotonic() + join_timeout_s - _RETRY_S
     if not wait_until_true(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
         raise TransientError(
@@ -87,17 +96,29 @@ class PortTaken(TransientError):
 _SILENCE_S = 5.0
 # How long torch may take to give up after its timeout: its stack dump alone takes seconds.
 _GIVE_UP_S = 30.0
+# So many bytes go both ways as soon as a store is reached, within so many seconds: if the MTU is too large
+# somewhere on the way, small packets pass and large ones vanish.
+_LARGE, _LARGE_S = 1 << 16, 5.0
+# Keys of a store: which job it belongs to; the address at which another machine has reached it.
+_JOB, _REACHED = "ddp_lib/job", "ddp_lib/reached"
+# How long a store's host may take to say which job it belongs to.
+_JOB_S = 5.0
 
 
 def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float) -> StoreGroup:
     """The ranks at the master's key-value store, which rank 0 or torchrun's agent hosts."""
     by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosts = rank_env.rank == 0 and not by_agent
+    job = env.get("TORCHELASTIC_RUN_ID", "")
     if hosts:
         server = host_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine)
+        claim(server, job)
     else:
-        silence_s = _SILENCE_S if "TORCHELASTIC_RUN_ID" in env else None
+        silence_s = _SILENCE_S if job else None
         server = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
+        if not by_agent:
+            require_job(server, job, rank_env.endpoint)
+    choose_interface(rank_env.endpoint, rank_env.one_machine, server, join_timeout_s / 2)
     # After a restart, the store of torchrun's agent still holds the previous attempt's keys. Rank 0's own
     # store is new each time, and must not use this count: each agent counts only its own failures.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
@@ -110,6 +131,44 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
             look = (rank_env.endpoint, prefix, store, me, time.monotonic() + join_timeout_s)
             threading.Thread(target=_look_for_other_rank0, args=look).start()
     return StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
+
+
+def claim(store: dist.Store, job: str) -> None:
+    """Says, in a store that was just opened, which job it belongs to. job: its name, empty if it has none."""
+    host, since = socket.gethostname(), time.strftime("%H:%M:%S")
+    store.set(_JOB, json.dumps({"name": job, "host": host, "since": since}))
+
+
+def require_job(store: dist.Store, job: str, endpoint: Endpoint) -> None:
+    """UserError if the store that was reached at `endpoint` belongs to another job than `job`."""
+    text = wait_for(store, _JOB, time.monotonic() + _JOB_S)
+    if text is None:
+        raise UserError(
+            f"{endpoint} is a store of torch, but of no ddp-launch and of no World.join: start the same "
+            "command on every machine, or choose another port on every machine"
+        )
+    owner = json.loads(text)
+    if owner["name"] != job:
+        name = f"the job {owner['name']!r}" if owner["name"] else "a job without a name"
+        raise TransientError(
+            f"{endpoint} belongs to {name}, started at {owner['since']} on {owner['host']}, and not to "
+            f"{f'{job!r}' if job else 'this job, which has no name'}: choose another port on every machine"
+        )
+
+
+def choose_interface(endpoint: Endpoint, one_machine: bool, store: dist.Store, timeout_s: float) -> str:
+    """Names the interface for gloo and NCCL, unless the user did; returns this machine's address on it.
+
+    On the master, if only the others know which one leads to them, it is the one at which the first of them
+    has reached the store within timeout_s. UserError if the user named one that is not there.
+    """
+    address = None
+    if not one_machine:
+        require_interfaces()
+        if "GLOO_SOCKET_IFNAME" not in os.environ and is_guess(endpoint):
+            address = wait_for(store, _REACHED, time.monotonic() + timeout_s)
+    name_interface(endpoint, one_machine, address=address)
+    return address or own_address(endpoint, one_machine)
 
 
 def _look_for_other_rank0(endpoint: Endpoint, prefix: str, ours: dist.Store, me: str, until: float) -> None:
@@ -141,18 +200,15 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
     """Hosts the store; PortTaken if that fails.
 
     Listens only on the address that the others use, since the store has no password. It must listen on all if
-    the endpoint is no address of this machine (a published container port), or is a name that means loopback
-    here and the machine has several outward addresses. A name may mean IPv4 here and IPv6 on another machine;
-    see relay.py.
+    the endpoint is no address of this machine (a published container port), or is its name, and it has
+    several interfaces. A name may mean IPv4 here and IPv6 on another machine; see relay.py.
     """
     wait_for_name(endpoint, join_timeout_s)
     mine = own_addresses()
     addresses = endpoint_addresses(endpoint, one_machine)
     usable = [a for a in addresses if a in mine or is_loopback(a)]
-    outward = [a for a in usable if not is_loopback(a)]
-    guessed = addresses != resolve(endpoint.host, endpoint.port)
-    everywhere = not usable or (guessed and len(outward) != 1)
-    ipv6 = ":" in (usable or addresses)[0]
+    everywhere = not usable or (not one_machine and is_guess(endpoint))
+    ipv6 = ":" in (usable or addresses)[0] or (everywhere and any(":" in a and a != "::1" for a in mine))
     address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
     try:
         listener = socket.create_server(
@@ -189,6 +245,13 @@ def reach_store(
     try:
         with _without_stderr():
             client = _client(address, endpoint.port, left_s)
+            if not one_machine and address not in own_addresses():
+                client.compare_set(_REACHED, "", address)
+    except _LargeLost:
+        name_interface(endpoint, one_machine)
+        raise TransientError(
+            f"{endpoint} passes small packets, but not {_LARGE >> 10} KiB: {mtu_cure()}"
+        ) from None
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
             f"{endpoint} answers, but not as a PyTorch store ({first_line(error)}): "
@@ -199,19 +262,29 @@ def reach_store(
 
 
 def host_or_reach(
-    endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool
+    endpoint: Endpoint, hosts: bool, numbered: bool, timeout_s: float, one_machine: bool, job: str
 ) -> tuple[dist.Store, bool]:
-    """The store, and whether this process hosts it, which it tries first if `hosts`.
+    """The store of the job, and whether this process hosts it, which it tries first if `hosts`.
 
     numbered: whether the machine was given a number. PortTaken if the port of number 0 is taken.
     """
+    taken: PortTaken | None = None
     if hosts:
         try:
-            return host_store(endpoint, timeout_s, one_machine), True
-        except PortTaken:
-            if numbered:
-                raise  # without a number, perhaps another launcher of this machine hosts it
-    return reach_store(endpoint, timeout_s, one_machine), False
+            server = host_store(endpoint, timeout_s, one_machine)
+            claim(server, job)
+            return server, True
+        except PortTaken as error:
+            taken = error  # perhaps by another launcher of this machine
+    store = reach_store(endpoint, timeout_s, one_machine)
+    require_job(store, job, endpoint)
+    if taken and numbered:
+        raise taken
+    return store, False
+
+
+class _LargeLost(TimeoutError):
+    """Small messages get through to the store, and large ones do not."""
 
 
 def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
@@ -223,16 +296,29 @@ def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     wait = timedelta(seconds=timeout_s / 2)
     others = _connections(address, port)
     client: Future[dist.TCPStore] = Future()
+    connected = threading.Event()
 
     def connect() -> None:
         try:
-            client.set_result(dist.TCPStore(address, port, timeout=wait, wait_for_workers=False))
+            store = dist.TCPStore(address, port, timeout=wait, wait_for_workers=False)
+            connected.set()
+            key = f"ddp_lib/large/{os.urandom(8).hex()}"
+            store.set(key, "0" * _LARGE)
+            store.get(key)
+            store.delete_key(key)
+            client.set_result(store)
+        except dist.DistStoreError as error:
+            client.set_exception(_LargeLost() if connected.is_set() else error)
         except Exception as error:
             client.set_exception(error)
 
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    until = time.monotonic() + timeout_s
+    while thread.is_alive() and not connected.is_set() and time.monotonic() < until:
+        thread.join(0.02)
+    if connected.is_set():
+        thread.join(_LARGE_S)
     silent = thread.is_alive()
     # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its connection
     # ends its wait.
@@ -243,7 +329,7 @@ def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
                 connection.shutdown(socket.SHUT_RDWR)
         thread.join(0.1)
     if silent:
-        raise TimeoutError("it accepts and is silent")
+        raise _LargeLost if connected.is_set() else TimeoutError("it accepts and is silent")
     return client.result()
 
 

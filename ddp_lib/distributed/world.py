@@ -18,7 +18,6 @@ import torch.distributed as dist
 # with its first model, they would keep the group's threads alive after `leave`.
 import torch.distributed.nn.functional
 
-from ddp_lib.distributed.addresses import name_interface
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import choose_backend, pick_device, thread_budget
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
@@ -81,7 +80,6 @@ class World(RankEnv):
         if rank_env.world_size == 1:
             group, backend, how = StoreGroup(), "none", "no process group"
         else:
-            name_interface(rank_env.endpoint, rank_env.one_machine)
             group = open_store(rank_env, env, join_timeout_s)
             deadline = started + join_timeout_s
             with group.publishing_errors():

@@ -17,12 +17,19 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib.data.dataset import digest_of
-from ddp_lib.distributed.addresses import Endpoint, endpoint_addresses, is_here, own_address, own_addresses
+from ddp_lib.distributed.addresses import (
+    Endpoint,
+    endpoint_addresses,
+    is_here,
+    own_address,
+    own_addresses,
+    require_interfaces,
+)
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
-from ddp_lib.distributed.store import host_or_reach, wait_for_name
+from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.diagnosis import Measured, Report, causes, table
 from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
@@ -40,13 +47,27 @@ def run_check(launch: LaunchOptions, options: CheckOptions) -> int:
     endpoint, number = read_endpoint(launch)
     began = time.monotonic()
     wait_for_name(endpoint, _CAME * options.timeout_s)
-    mine = {**number, **report(launch, options, endpoint, number["rank"])}
+    require_interfaces()
     with ExitStack() as stack:
+        trouble, server = None, None
+        came = began + _CAME * options.timeout_s
+        try:
+            # Another check on this computer may be the master.
+            numbered, job = number["rank"] is not None, "ddp-launch check"
+            server, number["hosts"] = host_or_reach(
+                endpoint, number["hosts"], numbered, _left_s(came), False, job
+            )
+            choose_interface(endpoint, False, server, _left_s(came))
+        except UserError as error:
+            trouble = error
+        mine = {**number, **report(launch, options, endpoint, number["rank"])}
         if mine["address"]:
             probe = stack.enter_context(closing(Probe(mine["address"])))
             mine["probe"] = [probe.address, probe.port]
         try:
-            reports, measured = _exchange_reports(endpoint, mine, began, options.timeout_s)
+            if trouble or server is None:
+                raise trouble or UserError("no store")
+            reports, measured = _exchange_reports(server, mine, began, options.timeout_s)
             lines = causes(reports, measured, _CAME * options.timeout_s)
         except (UserError, RuntimeError) as error:
             lost = "lost the master's check: look at its output"
@@ -132,13 +153,12 @@ def report(launch: LaunchOptions, options: CheckOptions, endpoint: Endpoint, ran
 
 
 def _exchange_reports(
-    endpoint: Endpoint, mine: Report, began: float, timeout_s: float
+    server: dist.Store, mine: Report, began: float, timeout_s: float
 ) -> tuple[list[Report], list[Measured | None]]:
     """Reports and measurements of all machines that came; UserError if this one reached nobody."""
     came, measured, read = (began + share * timeout_s for share in (_CAME, _MEASURED, _READ))
-    server, hosts = host_or_reach(endpoint, mine["hosts"], mine["rank"] is not None, _left_s(came), False)
-    mine["hosts"] = hosts  # another check on this computer may be the master
     # Numbered in order of arrival: a --node-rank given twice must not hide a machine.
+    hosts = mine["hosts"]
     group = StoreGroup(dist.PrefixStore("ddp_lib/check", server), 0 if hosts else None, mine["size"])
     reports = group.exchange("check", mine, timeout_s, deadline=came, complete=False)
     number = group.rank or 0

@@ -27,7 +27,7 @@ Machine = dict[str, Any]
 _NO_CHECK = "or leave this out with --no-check"
 
 
-def describe_machine(ranks: Ranks, nproc: int) -> Machine:
+def describe_machine(ranks: Ranks, nproc: int, elastic: bool) -> Machine:
     """What the other machines have to know of this one, as plain values."""
     gpus = torch.cuda.device_count()
     return {
@@ -40,7 +40,7 @@ def describe_machine(ranks: Ranks, nproc: int) -> Machine:
         "ranks": nproc,
         "gpus": gpus,
         "model": _gpu_model() if gpus else "",
-        "program": ranks.equal(),
+        "program": ranks.equal(elastic),
     }
 
 
@@ -73,7 +73,7 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
     launch = peers.launch
     if not launch.check:
         return
-    mine = describe_machine(ranks, nproc)
+    mine = describe_machine(ranks, nproc, launch.nodes[0] < launch.nodes[1])
     if launch.endpoint is None:
         require_gpus([mine], ranks.needs_gpus)
         return
@@ -139,8 +139,14 @@ def require_equal(first: Machine, other: Machine) -> None:
     mine, theirs = _unlike(other["program"].get("flags", []), first["program"].get("flags", []))
     if mine != theirs:
         raise UserError(
-            f"the script's flags differ: {mine or 'none'} on {here}, but {theirs or 'none'} on {there}: give "
-            f"every machine the same, {_NO_CHECK}"
+            f"the flags differ: {mine or 'none'} on {here}, but {theirs or 'none'} on {there}: give every "
+            f"machine the same, {_NO_CHECK}"
+        )
+    data, their_data = other["program"].get("data"), first["program"].get("data")
+    if data != their_data:
+        raise UserError(
+            f"the data differs: its digest is {data} on {here}, but {their_data} on {there}: copy the same "
+            f"data to every machine, {_NO_CHECK}"
         )
 
 

@@ -6,12 +6,14 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from ddp_lib.cli import parse
-from ddp_lib.config import TrainConfig
+from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError
@@ -141,7 +143,7 @@ def run(args: list[str]) -> int:
     flags, words = split(args, LaunchOptions)
     given = parse(RunCommand, flags, "ddp-launch run")
     script = read_script(words)
-    launch = _read(given.launch)
+    launch = _read(given.launch, script.name)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command
 
@@ -154,26 +156,43 @@ def run(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
+    training, job = given.training, Path(given.training.run_dir).expanduser().absolute().name
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command, training_flags
 
-        target = ["-m", "ddp_lib.train", *training_flags(given.training)]
-        print(plain_command(read_launch(given.launch), target, given.training.join_timeout_s))
+        target = ["-m", "ddp_lib.train", *training_flags(training)]
+        print(plain_command(read_launch(given.launch, job=job), target, training.join_timeout_s))
         return 0
     if given.launch == LaunchOptions() and not has_pet_variables() and _has_rank():
         from ddp_lib.train import run
 
         collect_garbage()
-        return run(given.training)
-    ranks = ForkedRanks("ddp_lib.train:run", (given.training,), PRELOAD)
-    launch = replace(read_launch(given.launch), timeout_s=given.training.timeout_s)
-    return start_agent(launch, given.training.join_timeout_s, ranks)
+        return run(training)
+    launch = replace(read_launch(given.launch, job=job), timeout_s=training.timeout_s)
+    ranks = ForkedRanks("ddp_lib.train:run", (training,), PRELOAD, partial(_describe, training))
+    return start_agent(launch, training.join_timeout_s, ranks)
 
 
-def _read(options: LaunchOptions) -> Launch:
+def _describe(training: TrainConfig) -> dict[str, Any]:
+    """What is equal on all machines of an elastic job: a machine that differs must not join it."""
+    from ddp_lib.launch.torchrun_command import training_flags
+    from ddp_lib.train import load_own_data
+
+    package = read_script(["-m", "ddp_lib.train"])
+    model = read_script(["-m", training.model.partition(":")[0]])
+    return {
+        "files": {**model.digests(), **package.digests()},
+        "flags": training_flags(replace(training, **{f: getattr(TrainConfig, f) for f in PER_MACHINE})),
+        "data": load_own_data(training, lambda text: print(text, flush=True)).digest[:16],
+    }
+
+
+def _read(options: LaunchOptions, job: str) -> Launch:
     """From the flags and PET_* variables, or from those that give this process its rank."""
     flags = options.nnodes != "1" or options.rdzv_endpoint or has_pet_variables()
-    return read_launch(options) if flags or not _has_rank() else read_variables(options)
+    if flags or not _has_rank():
+        return read_launch(options, job=job)
+    return read_variables(options, job)
 
 
 def _has_rank() -> bool:

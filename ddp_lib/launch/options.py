@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddp_lib.distributed.addresses import Endpoint, port_number
+from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.errors import UserError
@@ -27,8 +27,9 @@ class LaunchOptions:
     IPv6."""
     node_rank: str = ""
     """This machine's number, 0 on the master. Give it if ranks must have the same numbers at every start."""
-    rdzv_id: str = "ddp"
-    """Name of the job, the same on every machine."""
+    rdzv_id: str = ""
+    """Name of the job, the same on every machine: another job on the same port is refused. Default: that of
+    the run's folder, or of the script."""
     max_restarts: int = 0
     """How many times to start the ranks again after one has failed. They resume if the program does so."""
     grace_s: float = 30.0
@@ -117,8 +118,10 @@ def has_pet_variables() -> bool:
     return not {"PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"}.isdisjoint(os.environ)
 
 
-def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Launch:
+def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ, job: str = "ddp") -> Launch:
     """The flags, then PET_* variables, then the defaults. UserError if they are wrong.
+
+    job: its name, if no --rdzv-id is given.
 
     torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
     """
@@ -133,9 +136,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ)
         values["rdzv_endpoint"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         named["rdzv_endpoint"] = "PET_MASTER_ADDR"
     nodes = _nodes(named["nnodes"], values["nnodes"])
-    job = values["rdzv_id"].strip()
-    if not job:
-        raise UserError("--rdzv-id is empty: give the job a name, the same on every machine")
+    job = values["rdzv_id"].strip() or job
     endpoint = None
     if values["rdzv_endpoint"] and (nodes[1] > 1 or named["rdzv_endpoint"].startswith("--")):
         endpoint = _endpoint(named["rdzv_endpoint"], values["rdzv_endpoint"])
@@ -169,7 +170,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ)
     )
 
 
-def read_variables(options: LaunchOptions) -> Launch:
+def read_variables(options: LaunchOptions, job: str) -> Launch:
     """The launch that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or SLURM's variables, describe: each
     process that has them counts as a machine of one rank. UserError if flags contradict them."""
     if options.nproc_per_node not in ("auto", "1"):
@@ -184,7 +185,7 @@ def read_variables(options: LaunchOptions) -> Launch:
         nodes=(env.world_size, env.world_size),
         endpoint=None if one else env.endpoint,
         node_rank=None if one else env.rank,
-        job=options.rdzv_id,
+        job=options.rdzv_id or job,
         max_restarts=options.max_restarts,
         check=not options.no_check,
         grace_s=options.grace_s,
@@ -214,7 +215,7 @@ def _endpoint(flag: str, text: str) -> Endpoint:
             f"{flag} {text!r}: write HOST:PORT, such as master:29500, "
             "and brackets around an IPv6 address, [fd77::10]:29500"
         )
-    return Endpoint(bare, port_number(f"{flag}'s port", port), flag)
+    return Endpoint(host_part(flag, bare), port_number(f"{flag}'s port", port), flag)
 
 
 def count_ranks(nproc: str) -> int:

@@ -1,6 +1,7 @@
 """What the launchers of a job tell each other over the store."""
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from secrets import token_hex
+from typing import Any
 
 import torch.distributed as dist
 
-from ddp_lib.distributed.addresses import join_host
+from ddp_lib.distributed.addresses import is_loopback, join_host, wait_until_true
 from ddp_lib.distributed.coordination import wait_for
-from ddp_lib.errors import MAY_PASS, WILL_FAIL_AGAIN, UserError
+from ddp_lib.errors import MAY_PASS, WILL_FAIL_AGAIN, TransientError, UserError
 from ddp_lib.launch.options import Launch
 from ddp_lib.processes.signals import stop_signals
 
@@ -55,14 +57,18 @@ class Peers:
         return self.launch.nodes[0] == self.launch.nodes[1] > 1
 
     def announce(self) -> None:
-        """Announces this machine. UserError if its flags contradict those of earlier machines."""
-        me = {"machine": self.machine, "id": self._id}
+        """Announces this machine. UserError if its flags contradict those of earlier machines, if it is in
+        the job already, or if the job has all its machines."""
+        most, mine = self.launch.nodes[1], self.launch.node_rank
+        since = time.strftime("%H:%M:%S")
+        me = {"machine": self.machine, "id": self._id, "pid": os.getpid(), "since": since}
         me |= {"nnodes": self.launch.nodes_text, "check": self.launch.check}
         number = self.store.add("agents", 1)
         self.store.set(f"agent/{number}", json.dumps(me))
-        trouble = ""
+        late = number > most
         text = wait_for(self.store, "agent/1", time.monotonic() + _FIRST_S)
         first = me if text is None else json.loads(text)
+        trouble = ""
         if first["nnodes"] != me["nnodes"]:
             trouble = (
                 f"--nnodes is {me['nnodes']} on {self.machine}, but {first['nnodes']} on "
@@ -71,23 +77,76 @@ class Peers:
         elif first["check"] != me["check"]:
             with_it = first["machine"] if me["check"] else self.machine
             trouble = f"--no-check is given on {with_it} only: give the same flags on every machine"
-        elif (mine := self.launch.node_rank) is not None:
-            # A later launcher takes the place of one that has gone.
-            late = number > self.launch.nodes[1]
-            holder = self.machine
-            if late:
-                self.store.set(f"number/{mine}", holder)
-            else:
-                holder = self.store.compare_set(f"number/{mine}", "", holder).decode()
-            if holder != self.machine:
-                trouble = (
-                    f"number {mine} is taken: it was given to {holder} and to {self.machine}; "
-                    "give each machine a --node-rank of its own"
+        elif holder := self._take_place(me):
+            job = f"the job {self.launch.job!r}"
+            since = f"by process {holder['pid']}, since {holder['since']}"
+            if holder["machine"] == self.machine:
+                self._withdraw(number)
+                raise UserError(
+                    f"{self.machine} is in {job} already ({since}): end that first; to start several on one "
+                    "machine, give each a --node-rank of its own"
                 )
+            if late:
+                self._withdraw(number)
+                raise TransientError(f"{job} has number {mine} already: {holder['machine']}, {since}")
+            trouble = (
+                f"number {mine} is taken: it was given to {holder['machine']} and to {self.machine}; "
+                "give each machine a --node-rank of its own"
+            )
+        elif late and len(alive := self._alive(self._others())) >= most:
+            self._withdraw(number)
+            raise TransientError(
+                f"the job {self.launch.job!r} at {self.launch.endpoint} has all its machines ({most}): "
+                f"{', '.join(other['machine'] for other in alive)}, since {alive[0]['since']}; for another "
+                "job, choose another port on every machine"
+            )
         if trouble:
             if number <= int(str(first["nnodes"]).rpartition(":")[2]):  # else it goes on without us
                 self.publish_end(trouble, 2)
+            else:
+                self._withdraw(number)
             raise UserError(trouble)
+
+    def _take_place(self, me: dict[str, Any]) -> dict[str, Any] | None:
+        """Takes this launcher's place in the job: its number, or its machine. Returns who has it, if that
+        launcher lives."""
+        endpoint, number = self.launch.endpoint, self.launch.node_rank
+        if number is None and endpoint is not None and is_loopback(endpoint.host):
+            return None  # a rehearsal: all machines are this one
+        key, mine = f"place/{me['machine'] if number is None else number}", json.dumps(me)
+        text = self.store.compare_set(key, "", mine).decode()
+        if text == mine:
+            return None
+        holder = json.loads(text)
+        if self._alive([holder]):
+            return dict(holder)
+        self.store.set(key, mine)  # that of one that is gone, or that left
+        return None
+
+    def _withdraw(self, number: int) -> None:
+        """This launcher does not take part."""
+        self.store.delete_key(f"agent/{number}")
+        self.store.add("read", 1)
+
+    def _others(self) -> list[dict[str, Any]]:
+        """All other launchers that have announced themselves, in order."""
+        keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
+        all_of_them = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+        return [other for other in all_of_them if other["id"] != self._id]
+
+    def _alive(self, launchers: list[dict[str, Any]], timeout_s: float = 2.0) -> list[dict[str, Any]]:
+        """Those of the launchers that give a sign of life within timeout_s."""
+        keys = [f"alive/{launcher['id']}" for launcher in launchers]
+        before = [self.store.add(key, 0) for key in keys]
+        alive = [False] * len(keys)
+
+        def look() -> bool:
+            for n, key in enumerate(keys):
+                alive[n] = alive[n] or self.store.add(key, 0) != before[n]
+            return all(alive)
+
+        wait_until_true(look, time.monotonic() + timeout_s, 0.1)
+        return [launcher for launcher, lives in zip(launchers, alive, strict=True) if lives]
 
     def arrived(self) -> list[str]:
         """The machines that have come so far, in order, each once."""
@@ -218,14 +277,17 @@ class Peers:
     def silent_since(self, seconds: float) -> list[str]:
         """Watches the other launchers so long; those that give no sign of life meanwhile."""
         with suppress(RuntimeError):
-            keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
-            others = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-            others = [other for other in others if other["id"] != self._id]
-            before = [self.store.add(f"alive/{other['id']}", 0) for other in others]
-            time.sleep(seconds)
-            after = [self.store.add(f"alive/{other['id']}", 0) for other in others]
-            return [o["machine"] for o, b, a in zip(others, before, after, strict=True) if a == b]
+            others = self._others()
+            alive = self._alive(others, seconds)
+            return [other["machine"] for other in others if other not in alive]
         return []
+
+    def share_master(self, host: str | None, timeout_s: float) -> str | None:
+        """MASTER_ADDR for the ranks of all machines, which the store's host gives."""
+        if host is not None:
+            self.store.set("master", host)
+            return host
+        return wait_for(self.store, "master", time.monotonic() + timeout_s)
 
     def stop_watching(self) -> None:
         """Before this machine's own end, which the thread would see. Waits for a call that has begun."""

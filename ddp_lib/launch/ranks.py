@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,17 +39,21 @@ class Ranks(Protocol):
         """Where the ranks write."""
 
     @abstractmethod
-    def equal(self) -> dict[str, Any]:
-        """What must be equal on all machines: names and plain values."""
+    def equal(self, elastic: bool) -> dict[str, Any]:
+        """What must be equal on all machines: files (path -> digest), flags, data (digest)."""
 
 
 @dataclass(frozen=True)
 class ForkedRanks(Ranks):
-    """Forks of a process that has imported `preload`; each calls `function`, package.module:name."""
+    """Forks of a process that has imported `preload`; each calls `function`, package.module:name.
+
+    describe: what must be equal on all machines.
+    """
 
     function: str
     args: tuple[Any, ...]
     preload: list[str]
+    describe: Callable[[], dict[str, Any]] = dict
     needs_gpus = False  # the training falls back to CPUs
 
     def prepare(self) -> None:
@@ -62,8 +67,9 @@ class ForkedRanks(Ranks):
 
         return NoLogs()
 
-    def equal(self) -> dict[str, Any]:
-        return {}  # the training compares its own flags and data
+    def equal(self, elastic: bool) -> dict[str, Any]:
+        # The ranks compare this too. But a machine that joins a running job must not get so far.
+        return self.describe() if elastic else {}
 
 
 @dataclass(frozen=True)
@@ -87,5 +93,5 @@ class ScriptRanks(Ranks):
         name = f"{self.script.name.removesuffix('.py')}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         return RankLogs(Path(self.options.log_dir) / name, self.options.shown(), launch.local)
 
-    def equal(self) -> dict[str, Any]:
+    def equal(self, elastic: bool) -> dict[str, Any]:
         return {"files": self.script.digests(), "flags": self.script.args}

@@ -17,13 +17,12 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from ddp_lib.distributed.addresses import (
     Endpoint,
-    endpoint_addresses,
     is_here,
-    is_loopback,
-    name_interface,
     own_address,
+    require_interfaces,
+    resolve,
 )
-from ddp_lib.distributed.store import host_or_reach, wait_for_name
+from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.arrival import ArrivalTimes
 from ddp_lib.launch.options import Launch
@@ -53,7 +52,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
     endpoint = launch.endpoint or Endpoint("127.0.0.1", 0, "this machine")
     if several:
         wait_for_name(endpoint, join_timeout_s)
-        name_interface(endpoint, False)  # for gloo and NCCL in the ranks
+        require_interfaces()
     here, number = is_here(endpoint), launch.node_rank
     if number == 0 and not here:
         raise UserError(
@@ -61,9 +60,12 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
             f"({own_address(endpoint, False) or 'no route there'}): give 0 to the machine that has it"
         )
     store, hosts = host_or_reach(
-        endpoint, here and number in (None, 0), number is not None, join_timeout_s, not several
+        endpoint, here and number in (None, 0), number is not None, join_timeout_s, not several, launch.job
     )
-    address = own_address(endpoint, not several)
+    # An elastic job may begin alone.
+    address = choose_interface(
+        endpoint, not several, store, join_timeout_s if launch.nodes[0] > 1 else _LAST_CALL_S
+    )
     first = number if number is not None else int(not hosts)
     last_call = timedelta(seconds=_LAST_CALL_S)
     handler = Rendezvous.from_backend(
@@ -75,11 +77,10 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
         timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), last_call),
     )
     peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address, hosts)
+    master = endpoint.host
     if several:
         peers.announce()
-    addresses = endpoint_addresses(endpoint, False)
-    # Whether the name means only loopback here: then the ranks use the address that the others know.
-    guessed = addresses != endpoint_addresses(endpoint, one_machine=True)
-    outward = [a for a in addresses if not is_loopback(a)]
-    master = address if here and guessed and len(outward) == 1 else endpoint.host
+        if here and address and address not in resolve(endpoint.host, endpoint.port):
+            master = address  # the name means another here, or the user chose another interface
+        master = peers.share_master(master if hosts else None, join_timeout_s) or endpoint.host
     return handler, master, peers

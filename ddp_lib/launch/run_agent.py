@@ -135,9 +135,9 @@ def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:
         peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
         raise
     finally:
-        stopped = isinstance(sys.exc_info()[1], (SignalException, SystemExit))
+        told_to = isinstance(sys.exc_info()[1], (SignalException, SystemExit))
         with suppress(RendezvousError, DistError):
-            if not peers.fixed and (stopped or not agent.began):  # an elastic job goes on without us
+            if not peers.fixed and (told_to or not agent.began):  # an elastic job goes on without us
                 handler.leave()
             elif not succeeded:  # the ranks of another machine may still be at work
                 handler.shutdown()

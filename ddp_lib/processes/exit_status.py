@@ -49,19 +49,25 @@ class Outcome:
     reported: BaseException | None = None
 
     @contextmanager
-    def reported_first(self, published_error: Callable[[], PeerError | None]) -> Iterator[None]:
+    def reported_first(
+        self, published_error: Callable[[], UserError | None], silent_ranks: Callable[[], UserError | None]
+    ) -> Iterator[None]:
         """Reports an exception before it leaves the block: leaving the process group may hang.
 
-        published_error: returns the cause, if known, for a rank that only lost another rank.
+        published_error, silent_ranks: return the cause, if known, for a rank that lost another rank, or that
+        timed out.
         """
         try:
             yield
         except BaseException as error:
-            self.report(error, published_error)
+            self.report(error, published_error, silent_ranks)
             raise
 
     def report(
-        self, error: BaseException, published_error: Callable[[], PeerError | None] = lambda: None
+        self,
+        error: BaseException,
+        published_error: Callable[[], UserError | None] = lambda: None,
+        silent_ranks: Callable[[], UserError | None] = lambda: None,
     ) -> None:
         """Sets the status, and prints one line or leaves it to the agent that started this rank."""
         if error is self.reported:
@@ -89,7 +95,9 @@ class Outcome:
                 self._say(str(cause), consequence=True)
             case _ if is_timeout(error):
                 self.status = MAY_PASS
-                self._say(f"timed out waiting for another rank, --timeout-s long ({text})", consequence=True)
+                silent = None if AGENT in os.environ else silent_ranks()  # an agent knows better
+                line = f"timed out waiting for another rank, --timeout-s long ({text})"
+                self._say(str(silent or line), consequence=True)
             case _:
                 traceback.print_exception(error)
                 self._say(f"{type(error).__name__}: {text} (its traceback stands above)")

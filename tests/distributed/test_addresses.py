@@ -3,7 +3,15 @@
 import pytest
 
 from ddp_lib.distributed import addresses as network
-from ddp_lib.distributed.addresses import Endpoint, endpoint_addresses, name_interface, own_address
+from ddp_lib.distributed.addresses import (
+    Endpoint,
+    endpoint_addresses,
+    is_guess,
+    name_interface,
+    own_address,
+    require_interfaces,
+)
+from ddp_lib.errors import UserError
 
 OWN = {"127.0.0.1": "lo", "::1": "lo", "10.0.0.5": "eth0", "fe80::5": "eth0"}
 
@@ -56,3 +64,30 @@ def test_the_interface_towards_the_master_is_chosen(host, address, interface):
     variables = {"NCCL_SOCKET_IFNAME": "mine"}
     assert name_interface(endpoint, False, variables) == interface
     assert variables == {"NCCL_SOCKET_IFNAME": "mine", "GLOO_SOCKET_IFNAME": interface}
+
+
+MORE = {**OWN, "172.17.0.1": "docker0", "fd00::5": "eth1", "10.9.0.5": "eth1"}
+
+
+def test_the_users_interface_wins(monkeypatch):
+    monkeypatch.setattr(network, "own_addresses", lambda: MORE)
+    for name, address in (("eth1", "10.9.0.5"), ("docker0", "172.17.0.1"), ("eth1,eth0", "10.9.0.5")):
+        assert own_address(Endpoint("far", 1), False, {"GLOO_SOCKET_IFNAME": name}) == address
+
+
+def test_an_interface_that_is_not_there_is_named():
+    require_interfaces({"GLOO_SOCKET_IFNAME": "lo"})
+    with pytest.raises(
+        UserError, match=r"GLOO_SOCKET_IFNAME='lo,eth99': .* has no interface 'eth99', but .*lo"
+    ):
+        require_interfaces({"GLOO_SOCKET_IFNAME": "lo,eth99"})
+
+
+@pytest.mark.parametrize(
+    ("own", "host", "guess"),
+    [(OWN, "me", False), (MORE, "me", True), (MORE, "far", False), (MORE, "10.0.0.5", False)],
+)
+def test_with_several_interfaces_a_name_says_little(monkeypatch, own, host, guess):
+    """Only the others know at which of its addresses they reach the machine."""
+    monkeypatch.setattr(network, "own_addresses", lambda: own)
+    assert is_guess(Endpoint(host, 1)) == guess

@@ -80,6 +80,15 @@ def test_rank_wins_over_slurm_and_flags_over_both():
         ({"LOCAL_WORLD_SIZE": "5"}, ["LOCAL_WORLD_SIZE=5"]),
         ({"LOCAL_RANK": "1"}, ["LOCAL_RANK=1", "LOCAL_WORLD_SIZE=1"]),
         ({"RANK": None, "WORLD_SIZE": None}, ["MASTER_ADDR='m'", "RANK"]),
+        (
+            {"MASTER_ADDR": "10.0.0.1:29500"},
+            ["MASTER_ADDR='10.0.0.1:29500'", "29500, belongs into MASTER_PORT"],
+        ),
+        ({"MASTER_ADDR": "[fd88::1]:29500"}, ["29500, belongs into MASTER_PORT"]),
+        ({"MASTER_ADDR": "tcp://m"}, ["MASTER_ADDR='tcp://m'", "leave out tcp://"]),
+        ({"MASTER_ADDR": "root@m"}, ["leave out root@"]),
+        ({"MASTER_ADDR": "fe80::1%eth0"}, ["link-local"]),
+        ({"MASTER_ADDR": "m n"}, ["one host name or address"]),
     ],
 )
 def test_refused_with_one_line(changes, named):
@@ -90,6 +99,10 @@ def test_refused_with_one_line(changes, named):
     assert "\n" not in line
     for part in named:
         assert part in line
+
+
+def test_an_ipv6_address_may_have_brackets():
+    assert read_rank_env(FOUR, master_addr="[fd88::10]").master_addr == "fd88::10"
 
 
 def test_slurms_lists_of_nodes_are_read():

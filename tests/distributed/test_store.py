@@ -71,6 +71,31 @@ def test_two_ranks_with_one_number_are_refused():
     assert any("RANK=1 is taken" in text for text in texts[1:])
 
 
+STAYS = """
+import sys
+from ddp_lib import World
+with World.join(join_timeout_s=float(sys.argv[1])) as world:
+    print("joined", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.ranks
+def test_who_comes_to_a_job_that_has_started_is_refused_and_the_job_goes_on():
+    port = free_port()
+    job = [start(TIMEOUT_S, STAYS, **four(rank, port)) for rank in (0, 1)]
+    try:
+        for process in job:
+            while "joined" not in process.stdout.readline():
+                assert process.poll() is None
+        code, text = outcome(start(TIMEOUT_S, **four(1, port)))
+        assert code == 2 and "belongs to a job of 2 rank(s), of which" in text and "has started" in text
+        assert [outcome(process)[0] for process in job] == [0, 0]
+    finally:
+        for process in job:
+            process.kill()
+
+
 @pytest.mark.ranks
 def test_different_world_sizes_are_named():
     port = free_port()

@@ -29,6 +29,7 @@ def start(join_timeout_s: float = 30, code: str = JOIN, **variables) -> subproce
         [sys.executable, "-c", QUICKLY + code, str(join_timeout_s)],
         env=env,
         text=True,
+        stdin=subprocess.PIPE,  # closed by `outcome`
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

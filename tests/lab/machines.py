@@ -16,6 +16,7 @@ Needs Linux, root, iproute2, iptables and util-linux: see `namespaces.missing`.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ import psutil
 from tests.lab.namespaces import TIMEOUT_S, Namespaces
 from tests.lab.program import Program, kill_all
 
-IPV4, IPV6 = "10.77.0.{}", "fd77::{}"
+IPV4, IPV6, SECOND = "10.77.0.{}", "fd77::{}", "10.78.0.{}"
 
 FIRST = 10  # machine i has the addresses 10.77.0.(10 + i) and fd77::(10 + i)
 
@@ -62,6 +63,20 @@ class Lab:
             raise
         return self
 
+    def add_network(self) -> None:
+        """A second switch: interface eth1 of each machine, with 10.78.0.(10 + i)."""
+        assert self._switch is not None
+        self._switch.network("ip", "link", "add", "br1", "type", "bridge")
+        self._switch.network("ip", "link", "set", "br1", "up")
+        for machine in self.machines:
+            port = f"second{machine.number}"
+            cable = f"{port} type veth peer name eth1 netns {machine.namespaces.pid}"
+            self._switch.network("ip", "link", "add", *cable.split())
+            self._switch.network("ip", "link", "set", port, "master", "br1", "up")
+            address = SECOND.format(FIRST + machine.number)
+            machine.namespaces.network("ip", "address", "add", f"{address}/24", "dev", "eth1")
+            machine.namespaces.network("ip", "link", "set", "eth1", "up")
+
     def __exit__(self, *_: object) -> None:
         for machine in self.machines:
             machine.end_all()
@@ -84,6 +99,7 @@ class Machine:
         self.write_hosts({})
         self._port = f"port{number}"
         self.programs: list[Program] = []
+        self._frozen: list[psutil.Process] = []
         self.namespaces = Namespaces(
             'echo "$0" > /proc/sys/kernel/hostname; ip link set lo up; mount --bind "$1" /etc/hosts',
             name,
@@ -96,6 +112,16 @@ class Machine:
             nodad = ["nodad"] if ":" in address else []
             self.namespaces.network("ip", "address", "add", address, "dev", "eth0", *nodad)
         self.namespaces.network("ip", "link", "set", "eth0", "up")
+
+    def add_interface(self, name: str, address: str) -> None:
+        """An interface that leads to no machine, such as docker0."""
+        for words in (
+            f"link add {name} type veth peer name {name}-far",
+            f"address add {address} dev {name}",
+            f"link set {name} up",
+            f"link set {name}-far up",
+        ):
+            self.namespaces.network("ip", *words.split())
 
     def write_hosts(self, names: dict[str, str], localhost: bool = True) -> None:
         """Makes `name -> address` all that this machine's /etc/hosts says, beside localhost."""
@@ -136,6 +162,20 @@ class Machine:
         """What still runs here after the moment that Python's resource tracker takes to follow."""
         return psutil.wait_procs(self.processes(), timeout=TIMEOUT_S)[1]
 
+    def freeze(self) -> None:
+        """Stops all that runs here, as a frozen kernel would; `resume` lets it go on."""
+        self._frozen = self.processes()
+        for process in self._frozen:
+            process.suspend()
+
+    def resume(self) -> None:
+        for program in self.programs:
+            program.resume()
+        for process in self._frozen:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        self._frozen = []
+
     def end_all(self) -> None:
         """SIGKILL to all that runs here, as when the power fails (`cut` first, and no peer hears)."""
         while running := self.processes():  # again: a process may have started another meanwhile
@@ -172,6 +212,12 @@ class Machine:
         for tool in ("iptables", "ip6tables"):
             rule = [tool, "-A", "INPUT", "-i", "eth0", "-p", "tcp", "--syn", *wanted]
             self.namespaces.network(*rule, "-j", how, *refuse)
+
+    def lose_large_packets(self, over: int = 1000) -> None:
+        """Drops what comes in and is larger, as where the MTU of the way is smaller than the interfaces'."""
+        self.namespaces.network("ip", "link", "set", "eth0", "gso_max_size", "1500", "gro_max_size", "1500")
+        rule = f"INPUT -i eth0 -p tcp -m length --length {over}:65535 -j DROP"
+        self.namespaces.network("iptables", "-A", *rule.split())
 
     def open_ports(self) -> None:
         """Takes every such rule away."""

@@ -86,6 +86,10 @@ class Program:
             time.sleep(0.005)
         return []
 
+    def resume(self) -> None:
+        """nsenter, outside, stops with the command inside."""
+        self._process.send_signal(signal.SIGCONT)
+
     def signal(self, number: signal.Signals) -> None:
         """Sends the signal to the command's own process, and to no child."""
         for process in self.processes()[:1]:

@@ -43,15 +43,24 @@ def make_images(folder: Path) -> Path:
 class Training:
     """One training by ddp-launch on machines that share no disk, one rank on each."""
 
-    def __init__(self, lab: Lab, images: Path, *flags: str, nnodes: str = "2", gate: int = GATE):
-        self.lab, self.nnodes = lab, nnodes
+    def __init__(
+        self,
+        lab: Lab,
+        images: Path,
+        *flags: str,
+        nnodes: str = "2",
+        gate: int = GATE,
+        variables: bool = False,
+    ):
+        """variables: started by RANK, WORLD_SIZE and MASTER_*, and not by the launcher's flags."""
+        self.lab, self.nnodes, self.variables = lab, nnodes, variables
         self.master = lab.machines[0]
         self.gate = lab.folder / "gate"
-        self.gate.mkdir()
+        self.gate.mkdir(exist_ok=True)
         self.environment = {"GATE": str(self.gate), "GATE_STEP_2": str(gate), "GATE_STEP_1": "2"}
         self.environment["OMP_NUM_THREADS"] = "1"  # the machines share this computer's cores
         self.flags = [
-            *flags, "--nproc-per-node", "1", "--data", str(images),
+            *flags, *([] if variables else ["--nproc-per-node", "1"]), "--data", str(images),
             "--data-dir", str(images.parent / "decoded"), "--model", "tests.lab.models:Gated",
             "--epochs", str(EPOCHS), "--global-batch-size", str(GLOBAL_BATCH), "--lr", "0.05",
             "--precision", "fp32", "--checkpoint-every-s", "1000",
@@ -65,15 +74,21 @@ class Training:
 
     def start(self, *machines: Machine) -> list[Program]:
         """The same line on each; returns what was started now."""
-        endpoint = f"{self.master.address}:29500"
-        rendezvous = ["--nnodes", self.nnodes, "--rdzv-endpoint", endpoint]
         started = []
         for machine in machines:
-            here = ["--run-dir", str(self.disk(machine))]
-            command = ["ddp-launch", "train", *rendezvous, *here, *self.flags]
-            started.append(machine.start(command, cwd=ROOT, **self.environment))
+            environment = self.environment
+            if self.variables:
+                four = {"RANK": str(int(machine is not self.master)), "WORLD_SIZE": self.nnodes}
+                four |= {"MASTER_ADDR": self.master.address, "MASTER_PORT": "29500"}
+                environment = {**environment, **four}
+            started.append(machine.start(self.command(machine), cwd=ROOT, **environment))
         self.programs += started
         return started
+
+    def command(self, machine: Machine) -> list[str]:
+        words = ["--nnodes", self.nnodes, "--rdzv-endpoint", f"{self.master.address}:29500"]
+        here = ["--run-dir", str(self.disk(machine))]
+        return ["ddp-launch", "train", *([] if self.variables else words), *here, *self.flags]
 
     def until_gate(self, size: int = 2) -> None:
         """Returns when all ranks of a world of `size` wait in the same step."""

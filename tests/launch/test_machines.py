@@ -24,10 +24,10 @@ UNLIKE = {
         {"files": [("own.py", "a"), ("x/y.py", "a")]},
         "x/y.py is missing on a: copy the same files",
     ),
-    "a flag": ({"flags": ["--lr", "0.2"]}, "the script's flags differ: --lr 0.2 on b, but none on a"),
+    "a flag": ({"flags": ["--lr", "0.2"]}, "the flags differ: --lr 0.2 on b, but none on a"),
     "two values": (
         {"flags": ["--lr", "0.2", "--amp"]},
-        "the script's flags differ: --lr 0.2 --amp on b, but none on a",
+        "the flags differ: --lr 0.2 --amp on b, but none on a",
     ),
 }
 
@@ -55,7 +55,7 @@ def test_equal_machines_pass_whatever_their_gpus():
 def test_only_the_flags_that_differ_are_shown(first, other, shown):
     with pytest.raises(UserError) as refused:
         require_equal(machine("a", flags=first.split()), machine("b", flags=other.split()))
-    assert "the script's flags differ: {}, but {}: give every".format(*shown) in str(refused.value)
+    assert "the flags differ: {}, but {}: give every".format(*shown) in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ BAD = {
     "bare IPv6": (["train", "--nnodes=2", "--rdzv-endpoint=fd77::10:29500"], "brackets"),
     "half a bracket": (["train", "--nnodes=2", "--rdzv-endpoint=[fd77::1:29500"], "brackets"),
     "restarts": (["train", "--max-restarts=-1"], "-1"),
-    "empty id": (["train", "--nproc-per-node=2", "--rdzv-id="], "--rdzv-id"),
     "plot nothing": (["plot"], "RUN_DIR"),
     "plot nowhere": (["plot", "no/such/run"], "no/such/run"),
 }
