@@ -2,8 +2,8 @@
 
 python benchmarks/report.py      writes benchmarks/RESULTS.md from results/*.json and tried.md
 
-It also writes the first finding of each result into the README, except for results whose whole table is
-there. It measures nothing.
+It also writes the first finding of each result into the README, except for tables of what happens. It
+measures nothing.
 
 A result file has: title; what (what was measured, and how); rows (each with name, unit and runs, which are
 all single measurements; rows with other fields are shown as they are); findings (sentences with the
@@ -23,7 +23,6 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-IN_TABLES = ("network_setups", "faults")  # their whole tables are in the README
 
 
 def save(name: str, title: str, what: str, rows: list[dict[str, Any]], findings: list[str]) -> dict[str, Any]:
@@ -126,8 +125,8 @@ def between_marks(name: str, text: str) -> None:
 def main_figures(results: dict[str, dict[str, Any]]) -> str:
     """One line per result, by name: its main finding, machine, number of runs and date."""
     lines = []
-    for name, result in results.items():
-        if name not in IN_TABLES:
+    for result in results.values():
+        if "runs" in result["rows"][0]:  # else it is a table, and no figure
             host = result["machine"]
             counts = sorted({len(row["runs"]) for row in result["rows"]})
             runs = f"runs: {counts[0]}" + (f" to {counts[-1]}" if counts[1:] else "")
