@@ -3,13 +3,9 @@
 import json
 import os
 import socket
-import stat
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -31,6 +27,7 @@ from ddp_lib.distributed.addresses import (
 from ddp_lib.distributed.coordination import StoreGroup, wait_for
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.relay import relay_other_family
+from ddp_lib.distributed.store_client import LARGE, LargePacketsLost, connect_store, without_stderr
 from ddp_lib.errors import TransientError, UserError, first_line
 
 # Pause between two attempts to reach a master that is not there yet.
@@ -94,11 +91,6 @@ class PortTaken(TransientError):
 # A rank that torchrun started knows that the master's machine is up: packets that vanish so long are a
 # firewall's doing. Three have been sent by then.
 _SILENCE_S = 5.0
-# How long torch may take to give up after its timeout: its stack dump alone takes seconds.
-_GIVE_UP_S = 30.0
-# So many bytes go both ways as soon as a store is reached, within so many seconds: if the MTU is too large
-# somewhere on the way, small packets pass and large ones vanish.
-_LARGE, _LARGE_S = 1 << 16, 5.0
 # Keys of a store: which job it belongs to; the address at which another machine has reached it.
 _JOB, _REACHED = "ddp_lib/job", "ddp_lib/reached"
 # How long a store's host may take to say which job it belongs to.
@@ -181,7 +173,7 @@ def _look_for_other_rank0(endpoint: Endpoint, prefix: str, ours: dist.Store, me:
     while time.monotonic() < until and threading.main_thread().is_alive():
         try:
             address = wait_for_master(endpoint, 1.0)
-            theirs = dist.PrefixStore(prefix, _client(address, endpoint.port, 6.0))
+            theirs = dist.PrefixStore(prefix, connect_store(address, endpoint.port, 6.0))
             if theirs.check(["host"]):
                 other = theirs.get("host").decode()
                 if other != me:
@@ -243,14 +235,14 @@ def reach_store(
     address = wait_for_master(endpoint, join_timeout_s, one_machine, silence_s)
     left_s = max(2.0, began + join_timeout_s - time.monotonic())
     try:
-        with _without_stderr():
-            client = _client(address, endpoint.port, left_s)
+        with without_stderr():
+            client = connect_store(address, endpoint.port, left_s)
             if not one_machine and address not in own_addresses():
                 client.compare_set(_REACHED, "", address)
-    except _LargeLost:
+    except LargePacketsLost:
         name_interface(endpoint, one_machine)
         raise TransientError(
-            f"{endpoint} passes small packets, but not {_LARGE >> 10} KiB: {mtu_cure()}"
+            f"{endpoint} passes small packets, but not {LARGE >> 10} KiB: {mtu_cure()}"
         ) from None
     except (RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
@@ -281,82 +273,3 @@ def host_or_reach(
     if taken and numbered:
         raise taken
     return store, False
-
-
-class _LargeLost(TimeoutError):
-    """Small messages get through to the store, and large ones do not."""
-
-
-def _client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """Connects in a thread, since torch waits forever for the first byte of a program that accepts.
-
-    TimeoutError if that program is silent; torch's error if it answers something else.
-    """
-    # The port has answered, so a store replies at once. The other half is for torch to give up.
-    wait = timedelta(seconds=timeout_s / 2)
-    others = _connections(address, port)
-    client: Future[dist.TCPStore] = Future()
-    connected = threading.Event()
-
-    def connect() -> None:
-        try:
-            store = dist.TCPStore(address, port, timeout=wait, wait_for_workers=False)
-            connected.set()
-            key = f"ddp_lib/large/{os.urandom(8).hex()}"
-            store.set(key, "0" * _LARGE)
-            store.get(key)
-            store.delete_key(key)
-            client.set_result(store)
-        except dist.DistStoreError as error:
-            client.set_exception(_LargeLost() if connected.is_set() else error)
-        except Exception as error:
-            client.set_exception(error)
-
-    thread = threading.Thread(target=connect, name="store", daemon=True)
-    thread.start()
-    until = time.monotonic() + timeout_s
-    while thread.is_alive() and not connected.is_set() and time.monotonic() < until:
-        thread.join(0.02)
-    if connected.is_set():
-        thread.join(_LARGE_S)
-    silent = thread.is_alive()
-    # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its connection
-    # ends its wait.
-    until = time.monotonic() + _GIVE_UP_S
-    while thread.is_alive() and time.monotonic() < until:
-        for file in _connections(address, port) - others:
-            with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
-                connection.shutdown(socket.SHUT_RDWR)
-        thread.join(0.1)
-    if silent:
-        raise _LargeLost if connected.is_set() else TimeoutError("it accepts and is silent")
-    return client.result()
-
-
-def _connections(address: str, port: int) -> set[int]:
-    """File descriptors of this process's connections to a peer, including those that C++ opened.
-
-    /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
-    """
-    connected = set()
-    for file in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # closed meanwhile, or not connected
-            if stat.S_ISSOCK(os.fstat(file).st_mode):
-                with socket.socket(fileno=os.dup(file)) as connection:
-                    if connection.getpeername()[:2] in ((address, port), (f"::ffff:{address}", port)):
-                        connected.add(file)
-    return connected
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keeps the C++ side's stack dumps off the screen: its exception says the same in one line."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

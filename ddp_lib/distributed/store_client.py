@@ -1,0 +1,99 @@
+"""A client of the key-value store: connects within a timeout, and notices if large packets get lost."""
+
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# How long torch may take to give up after its timeout: its stack dump alone takes seconds.
+_GIVE_UP_S = 30.0
+# So many bytes go both ways as soon as a store is reached, within so many seconds: if the MTU is too large
+# somewhere on the way, small packets pass and large ones vanish.
+LARGE, _LARGE_S = 1 << 16, 5.0
+
+
+class LargePacketsLost(TimeoutError):
+    """Small messages get through to the store, and large ones do not."""
+
+
+def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connects in a thread, since torch waits forever for the first byte of a program that accepts.
+
+    TimeoutError if that program is silent; torch's error if it answers something else.
+    """
+    # The port has answered, so a store replies at once. The other half is for torch to give up.
+    wait = timedelta(seconds=timeout_s / 2)
+    others = _connections(address, port)
+    client: Future[dist.TCPStore] = Future()
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(address, port, timeout=wait, wait_for_workers=False)
+            connected.set()
+            key = f"ddp_lib/large/{os.urandom(8).hex()}"
+            store.set(key, "0" * LARGE)
+            store.get(key)
+            store.delete_key(key)
+            client.set_result(store)
+        except dist.DistStoreError as error:
+            client.set_exception(LargePacketsLost() if connected.is_set() else error)
+        except Exception as error:
+            client.set_exception(error)
+
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    until = time.monotonic() + timeout_s
+    while thread.is_alive() and not connected.is_set() and time.monotonic() < until:
+        thread.join(0.02)
+    if connected.is_set():
+        thread.join(_LARGE_S)
+    silent = thread.is_alive()
+    # A thread that returns from C++ while the interpreter shuts down would abort it. Closing its connection
+    # ends its wait.
+    until = time.monotonic() + _GIVE_UP_S
+    while thread.is_alive() and time.monotonic() < until:
+        for file in _connections(address, port) - others:
+            with suppress(OSError), socket.socket(fileno=os.dup(file)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+        thread.join(0.1)
+    if silent:
+        raise LargePacketsLost if connected.is_set() else TimeoutError("it accepts and is silent")
+    return client.result()
+
+
+def _connections(address: str, port: int) -> set[int]:
+    """File descriptors of this process's connections to a peer, including those that C++ opened.
+
+    /dev/fd lists all on Linux and on macOS. An IPv4 peer may be written as IPv6.
+    """
+    connected = set()
+    for file in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed meanwhile, or not connected
+            if stat.S_ISSOCK(os.fstat(file).st_mode):
+                with socket.socket(fileno=os.dup(file)) as connection:
+                    if connection.getpeername()[:2] in ((address, port), (f"::ffff:{address}", port)):
+                        connected.add(file)
+    return connected
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Keeps the C++ side's stack dumps off the screen: its exception says the same in one line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
