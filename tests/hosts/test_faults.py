@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.damage import FAULTS
-from tests.lab.training import make_images, unbroken
+from tests.lab.training import STEPS_PER_EPOCH, make_images, unbroken
 
 
 @pytest.fixture(scope="module")
@@ -30,5 +30,6 @@ def test_nothing_is_lost_in_a_fault(make_lab, images, weights, name):
     outcome = FAULTS[name](lab, images, weights)
     assert (outcome.samples_lost, outcome.samples_repeated) == (0, 0), outcome
     assert outcome.bits in (True, None), outcome
-    # Two steps of the epoch were done at the gate; the last checkpoint was at its begin.
-    assert outcome.steps_redone in (0, 2), outcome
+    # Two steps of the epoch were done at the gate; the last checkpoint was at its begin. A full disk may show
+    # only at the next one, at its end.
+    assert outcome.steps_redone in (0, 2, STEPS_PER_EPOCH), outcome

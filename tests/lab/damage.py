@@ -179,22 +179,32 @@ def frozen_without_restarts(lab: Lab, images: Path, whole: bytes) -> Outcome:
 
 @fault("disk full on a machine that is not the master")
 def disk_full(lab: Lab, images: Path, whole: bytes) -> Outcome:
-    m0, m1 = lab.machines[:2]
-    training = Training(lab, images)
-    disk = training.disk(m1)
+    return fill_disk(Training(lab, images), lab.machines[:2], whole)
+
+
+@fault("disk full on a machine with two ranks")
+def disk_full_with_two_ranks(lab: Lab, images: Path, whole: bytes) -> Outcome:
+    return fill_disk(Training(lab, images, nnodes="1", nproc=2), lab.machines[:1], whole)
+
+
+def fill_disk(training: Training, machines: list[Machine], whole: bytes) -> Outcome:
+    """The disk of the last machine."""
+    machine, disk = machines[-1], training.disk(machines[-1])
     disk.mkdir(parents=True)
-    m1.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
-    programs = training.start(m0, m1)
+    machine.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
+    programs = training.start(*machines)
     training.until_gate()
     # Room for some lines of the log, and not for a checkpoint.
     fill = f"dd if=/dev/zero of={disk}/filler bs=64k; truncate -s -64k {disk}/filler; ls {disk}"
-    listed = m1.run(["sh", "-c", fill])
+    listed = machine.run(["sh", "-c", fill])
     assert "checkpoint.pt" in listed
     training.open()
     seconds = training.fail(*programs)
     assert all("No space left on device" in program.output for program in programs)
-    m1.run(["rm", f"{disk}/filler"])
-    training.end(0, training.start(m0, m1))
+    machine.run(["rm", f"{disk}/filler"])
+    training.end(0, training.start(*machines))
+    # Only this machine sees the small disk: what it holds goes to the one below it.
+    machine.run(["sh", "-c", f"cp -r {disk} {disk}.copy; umount {disk}; cp {disk}.copy/* {disk}"])
     return training.outcome("ends everywhere; started again, it resumes", whole, seconds)
 
 

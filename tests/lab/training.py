@@ -49,6 +49,7 @@ class Training:
         images: Path,
         *flags: str,
         nnodes: str = "2",
+        nproc: int = 1,
         gate: int = GATE,
         variables: bool = False,
     ):
@@ -60,7 +61,7 @@ class Training:
         self.environment = {"GATE": str(self.gate), "GATE_STEP_2": str(gate), "GATE_STEP_1": "2"}
         self.environment["OMP_NUM_THREADS"] = "1"  # the machines share this computer's cores
         self.flags = [
-            *flags, *([] if variables else ["--nproc-per-node", "1"]), "--data", str(images),
+            *flags, *([] if variables else ["--nproc-per-node", str(nproc)]), "--data", str(images),
             "--data-dir", str(images.parent / "decoded"), "--model", "tests.lab.models:Gated",
             "--epochs", str(EPOCHS), "--global-batch-size", str(GLOBAL_BATCH), "--lr", "0.05",
             "--precision", "fp32", "--checkpoint-every-s", "1000",
