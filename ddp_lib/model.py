@@ -3,7 +3,9 @@
 Edit it, or name a model of your own with --model package.module:callable.
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -62,28 +64,46 @@ class SimpleModel(nn.Module):
 def build_model(spec: str, num_classes: int) -> nn.Module:
     """The model that `package.module:callable` returns when it is called with num_classes=...
 
-    The working directory is on the path. UserError if the callable cannot be found or called, or returns no
-    torch.nn.Module with a parameter to train.
+    The working directory is on the path. UserError if the callable cannot be found, has no such parameter, or
+    returns no torch.nn.Module with a parameter to train. What the reader's code raises is not caught.
     """
     module_name, _, name = spec.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        make = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import inside the module
         raise UserError(
             f"--model {spec!r} cannot be found ({error}): write package.module:callable, "
             "with the module in the working directory or installed"
         ) from error
-    try:
-        model = make(num_classes=num_classes)
-    except TypeError as error:
+    make = getattr(module, name, None)
+    if make is None:
+        raise UserError(f"--model {spec!r} cannot be found: {module.__file__} has no {name}")
+    if isinstance(make, nn.Module) or not callable(make):
         raise UserError(
-            f"--model {spec!r} cannot be called with num_classes={num_classes} ({error}): "
-            "give it a parameter of that name"
-        ) from error
+            f"--model {spec!r} is a {type(make).__name__}: name the class, or a function that returns a model"
+        )
+    if not _takes_num_classes(make):
+        raise UserError(
+            f"--model {spec!r} cannot be called with num_classes={num_classes} alone: give it a parameter of "
+            "that name, and every other parameter a default"
+        )
+    model = make(num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {spec!r} returns a {type(model).__name__}: return a torch.nn.Module")
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"--model {spec!r} has no parameter to train: set requires_grad on at least one")
     return model
+
+
+def _takes_num_classes(make: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(make).bind(num_classes=1)
+    except ValueError:  # it has no signature that Python can read
+        return True
+    except TypeError:
+        return False
+    return True

@@ -26,12 +26,12 @@ from ddp_lib.distributed.coordination import all_reduce_status, compare
 from ddp_lib.distributed.device import keep_freed_memory
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
-from ddp_lib.model import build_model
 from ddp_lib.processes.exit_status import as_exit_status, may_pass_once
-from ddp_lib.processes.signals import StopSignal
+from ddp_lib.processes.signals import Stopped, StopSignal
 from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.log import RunLog
-from ddp_lib.run_dir.resume import open_run, write_results
+from ddp_lib.run_dir.resume import describe_model, open_run, write_results
+from ddp_lib.training.build import blame_model, build_same_model
 from ddp_lib.training.ddp import (
     check_replicas,
     copy_state,
@@ -53,7 +53,7 @@ def fit(
     """Trains as `config` says, resuming if its run folder allows it; returns summary.json's content.
 
     data: used instead of loading config.data. UserError if the configuration cannot run or a loss is not
-    finite. SystemExit(128 + n), after a checkpoint, if `stop` has seen signal n on any rank.
+    finite. Stopped, a SystemExit, after a checkpoint, if `stop` has seen signal n on any rank.
     """
     stop = stop or StopSignal()
     share = batch_share(config.global_batch_size, world.world_size, world.rank, config.accumulate)
@@ -63,7 +63,9 @@ def fit(
         len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )
     total_steps = config.epochs * len(sampler)
-    with open_run(config, world, total_steps, data.digest) as run:
+    model, source = build_same_model(config, precision, world, data)
+    model_is = describe_model(model.state_dict(), source)
+    with open_run(config, world, total_steps, data.digest, model_is) as run:
         if run.finished is not None:
             world.say(f"{run.folder} is finished; more --epochs would go on from there")
             return run.finished
@@ -75,7 +77,8 @@ def fit(
                 f"{share} images on the first {larger}, {share - 1} on the others; gradients are weighted"
             )
         data = data.to_device(world.device)
-        model, net, optimizer = make_replica(config, world, data, share, precision, run.resumed)
+        with blame_model(config.model, "cannot do a training step"):
+            net, optimizer = make_replica(config, world, model, data, share, precision, run.resumed)
         dtype = next(model.parameters()).dtype
         step = int(run.resumed["step"]) if run.resumed else 0
         saved_s = time.monotonic()
@@ -87,6 +90,7 @@ def fit(
                 "step": step,
                 "epoch": step // len(sampler),
                 "config": asdict(config),
+                "source": source,
                 "versions": world.versions,
             }
 
@@ -112,11 +116,12 @@ def fit(
                         f"stopped by signal {signal} at step {step} of {total_steps}; "
                         "the same command goes on from here"
                     )
-                raise SystemExit(128 + signal)
+                raise Stopped(128 + signal)
 
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
         first_step = step
-        with log, closing(progress), may_pass_once(lambda: step > first_step):
+        may_exit = blame_model(config.model, "ended the training; the last checkpoint stands", ())
+        with log, closing(progress), may_pass_once(lambda: step > first_step), may_exit:
             stop.deferred = True  # from here on, a signal takes effect after the current step
             log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
             train_loss = images_per_s = evaluation = None
@@ -206,24 +211,21 @@ def load_own_data(config: TrainConfig, log: Callable[[str], None]) -> Dataset:
 def make_replica(
     config: TrainConfig,
     world: World,
+    model: nn.Module,
     data: Dataset,
     share: int,
     precision: str,
     resumed: dict[str, Any] | None,
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """This rank's model, bare and wrapped in DDP, and its optimizer, from the checkpoint if any."""
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`model` wrapped in DDP, and its optimizer, from the checkpoint if any."""
     torch.backends.cudnn.deterministic = True
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = build_model(config.model, len(data.classes))
-    if config.init_from:
+    if config.init_from and not resumed:
         checkpoint_file.load_weights(config.init_from, model)
-    # The type of parameters, batches and losses; only autocast uses bf16.
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    model.to(world.device, dtype).to(memory_format=torch.channels_last)
     if config.compile:
         model.compile()
     optimizer = make_optimizer(config, model)
     net = wrap(model, world)
+    dtype = next(model.parameters()).dtype
     x, _ = make_batch(data.train, torch.arange(share), data, world.device, dtype)
     try:
         with autocast(precision, world.device):
@@ -238,7 +240,7 @@ def make_replica(
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-    return model, net, optimizer
+    return net, optimizer
 
 
 def run(config: TrainConfig) -> int:

@@ -20,14 +20,18 @@ _PID, _CREDENTIALS = struct.Struct("i"), socket.CMSG_SPACE(struct.calcsize("3i")
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+class Stopped(SystemExit):
+    """A signal has ended this rank; the code is 128 + its number."""
+
+
 class StopSignal:
     """Inside `with StopSignal() as stop:` a signal ends the process with status 128 + its number.
 
-    Raises SystemExit at once. While `stop.deferred` is true it only sets `stop.requested`, for a loop that
-    agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as a rank in
-    a collective, runs no Python handler. So a thread calls `at_last` with the signal's number (default: exit
-    with 128 + number) `grace_s` seconds after the first signal (default: what ddp-launch was given as
-    --grace-s, else 30) or, if `impatient`, at the second Ctrl-C.
+    Raises Stopped, a SystemExit, at once. While `stop.deferred` is true it only sets `stop.requested`, for a
+    loop that agrees with the other ranks on the step at which to stop. A process blocked inside C++, such as
+    a rank in a collective, runs no Python handler. So a thread calls `at_last` with the signal's number
+    (default: exit with 128 + number) `grace_s` seconds after the first signal (default: what ddp-launch was
+    given as --grace-s, else 30) or, if `impatient`, at the second Ctrl-C.
 
     Does nothing outside the main thread or without `with`: notebooks keep their own handlers.
     """
@@ -74,7 +78,7 @@ class StopSignal:
     def _handle(self, number: int, frame: object) -> None:
         self.requested = number
         if not self.deferred:
-            raise SystemExit(128 + number)
+            raise Stopped(128 + number)
 
     def _watch(self) -> None:
         """Runs in a thread. Python writes each signal's number to the socket as it arrives, even while the

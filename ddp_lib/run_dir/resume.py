@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +32,13 @@ class Run:
 
 
 @contextmanager
-def open_run(config: TrainConfig, world: World, total_steps: int, data_digest: str) -> Iterator[Run]:
+def open_run(
+    config: TrainConfig, world: World, total_steps: int, data_digest: str, model: Mapping[str, str]
+) -> Iterator[Run]:
     """Opens the run's folder for this job on every rank, and decides where to start.
 
-    UserError, on every rank, as Checkpoint raises it, or if a checkpoint has another configuration
-    (--resume auto).
+    model: what `describe_model` returns. UserError, on every rank, as Checkpoint raises it, or if a
+    checkpoint, of a finished run too, has another configuration or another model (--resume auto).
     """
     folder = Path(config.run_dir)
     warn_if_in_container(folder.resolve(), world)
@@ -46,6 +48,12 @@ def open_run(config: TrainConfig, world: World, total_steps: int, data_digest: s
             raise UserError(
                 f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                 "name another --run-dir, give the same flags, or --resume never to start again"
+            )
+        before = describe_model(state["model"], state.get("source", {}))
+        if change := _first_change(before, model):
+            raise UserError(
+                f"{folder} holds a run of another model ({change}): "
+                "undo the change, name another --run-dir, or --resume never to start again"
             )
 
     timeout_s = config.data_timeout_s
@@ -65,6 +73,23 @@ def open_run(config: TrainConfig, world: World, total_steps: int, data_digest: s
                 whose = checkpoint.resumed_from()
                 world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}{whose}")
         yield Run(folder, checkpoint, resumed, finished)
+
+
+def describe_model(weights: Mapping[str, torch.Tensor], source: Mapping[str, str]) -> dict[str, str]:
+    """What must stay equal when a run is resumed: the shape of each of the `weights`, and the digest of each
+    module's source."""
+    shapes = {name: str(list(value.shape)) for name, value in weights.items()}
+    return shapes | {f"the source of {module}": digest for module, digest in source.items()}
+
+
+def _first_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Shapes stand first, so the source is named only if they are equal."""
+    knows_source = any(name.startswith("the source of ") for name in before)  # a run of version 1.0 does not
+    for name in [*before, *now]:
+        old, new = before.get(name, "none"), now.get(name, "none")
+        if old != new and (knows_source or not name.startswith("the source of ")):
+            return f"{name}: {old} -> {new}"
+    return ""
 
 
 def write_results(folder: Path, weights: dict[str, torch.Tensor], summary: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,16 +37,27 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     )
 
 
-def gradient_sync(net: nn.Module, on: bool) -> AbstractContextManager[object]:
+@contextmanager
+def gradient_sync(net: nn.Module, on: bool) -> Iterator[None]:
     """Put it around forward and backward. With `on`, DDP averages the gradients over the ranks; else they
-    add up on this rank. It must include the forward, which prepares the averaging."""
-    return nullcontext() if on or not isinstance(net, DistributedDataParallel) else net.no_sync()
+    add up on this rank. It must include the forward, which prepares the averaging. UserError if the step
+    before did not use every parameter."""
+    try:
+        with nullcontext() if on or not isinstance(net, DistributedDataParallel) else net.no_sync():
+            yield
+    except RuntimeError as error:
+        if "finished reduction in the prior iteration" not in str(error):
+            raise
+        raise UserError(
+            "a step did not use all parameters of the model, but DDP waits for the gradient of each: use all "
+            "in every forward, and multiply by 0 what is to be left out"
+        ) from error
 
 
 def warm_up(net: nn.Module, *inputs: Any, loss: Callable[[Any], torch.Tensor] = torch.sum) -> None:
     """A throw-away forward and backward, before the first step; compiles a compiled model. Leaves parameters
     and buffers as they were. Call it under the autocast of the training. loss: turns what `net(*inputs)`
-    returns into one number.
+    returns into one number. UserError if DDP would wait for ever for a parameter that the loss does not use.
 
     DDP rebuilds its buckets after the first backward, in the order in which gradients arrived. On 3 or more
     ranks, a gradient's position in its bucket changes the order of the sums. Without this, a resumed run's
@@ -55,6 +66,13 @@ def warm_up(net: nn.Module, *inputs: Any, loss: Callable[[Any], torch.Tensor] = 
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net.train()
     loss(net(*inputs)).backward()
+    if isinstance(net, DistributedDataParallel) and not (net.find_unused_parameters or net.static_graph):
+        named = net.module.named_parameters()
+        if unused := [name for name, p in named if p.requires_grad and p.grad is None]:
+            raise UserError(
+                f"{len(unused)} parameter(s) of the model get no gradient, the first is {unused[0]}, and DDP "
+                "would wait for it: use it in forward, remove it, or set requires_grad to False"
+            )
     net.zero_grad(set_to_none=True)
     net.load_state_dict(before)
 
