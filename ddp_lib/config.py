@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, require_seconds
 
 # Fields that may differ between the machines of a run: paths and timeouts. Data is compared by its content.
 PER_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
@@ -78,12 +78,15 @@ class TrainConfig:
                 if not is_valid(value):
                     raise UserError(f"--{field.replace('_', '-')} is {value!r}: {cure}")
 
-        require("epochs global_batch_size accumulate", lambda n: n >= 1, "give a whole number of at least 1")
-        require("image_size", lambda n: n >= 8, "give a number of pixels, 8 or more")
-        seconds = "join_timeout_s timeout_s data_timeout_s checkpoint_every_s"
-        require(f"lr {seconds}", lambda x: 0 < x < math.inf, "give a number above 0")
+        counts = "epochs global_batch_size accumulate"
+        require(counts, lambda n: 1 <= n <= 1_000_000, "give a whole number from 1 to 1000000")
+        require("image_size", lambda n: 8 <= n <= 2048, "give a number of pixels from 8 to 2048")
+        for field in ("join_timeout_s", "timeout_s", "data_timeout_s"):
+            require_seconds(f"--{field.replace('_', '-')}", getattr(self, field))
+        require("checkpoint_every_s", lambda x: 0 < x < math.inf, "give a number of seconds above 0")
+        require("lr", lambda x: 0 < x <= 1000, "give a number above 0, up to 1000")
         require("momentum label_smoothing warmup", lambda x: 0 <= x < 1, "give a number from 0 to below 1")
-        require("weight_decay", lambda x: 0 <= x < math.inf, "give a number of at least 0")
+        require("weight_decay", lambda x: 0 <= x <= 1000, "give a number from 0 to 1000")
         require("seed", lambda n: 0 <= n < 2**31, "give a whole number from 0 to 2147483647")
         require("run_dir", str.strip, "name a folder, such as runs/first")
         require("data", str.strip, "give cifar10, shapes or a folder of images")

@@ -25,6 +25,16 @@ class PeerError(UserError):
         self.status = status
 
 
+LONGEST_S = 1_000_000
+
+
+def require_seconds(name: str, seconds: float) -> None:
+    """UserError, which says `name`, unless this timeout is above 0 and at most eleven days: the system counts
+    some timeouts in milliseconds, in 32 bits."""
+    if not 0 < seconds <= LONGEST_S:
+        raise UserError(f"{name} is {seconds!r}: give a number of seconds above 0, up to {LONGEST_S}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's exception, cut to 160 characters; its type if it is empty."""
     lines = str(error).strip().splitlines()

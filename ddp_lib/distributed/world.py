@@ -23,7 +23,14 @@ from ddp_lib.distributed.device import choose_backend, pick_device, thread_budge
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
 from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.store import open_store
-from ddp_lib.errors import TransientError, UserError, first_line, is_peer_gone, is_timeout
+from ddp_lib.errors import (
+    TransientError,
+    UserError,
+    first_line,
+    is_peer_gone,
+    is_timeout,
+    require_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class World(RankEnv):
         started = time.monotonic()
         if timeout_s is None:
             timeout_s = float(env.get("DDP_LIB_TIMEOUT_S", 120.0))
+        require_seconds("timeout_s", timeout_s)
+        require_seconds("join_timeout_s", join_timeout_s)
         if "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
         backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())

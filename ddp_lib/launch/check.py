@@ -30,7 +30,7 @@ from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.distributed.handshake import versions
 from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
 from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.diagnosis import Measured, Report, causes, table
 from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
 
@@ -41,8 +41,7 @@ _PINGS, _LOAD_S = 20, 0.5
 
 def run_check(launch: LaunchOptions, options: CheckOptions) -> int:
     """Prints the table and the causes; 0 if all is well, else 2."""
-    if not options.timeout_s > 0:
-        raise UserError(f"--timeout-s is {options.timeout_s:g}: give a number of seconds above 0")
+    require_seconds("--timeout-s", options.timeout_s)
     _exit_after(options.timeout_s)
     endpoint, number = read_endpoint(launch)
     began = time.monotonic()

@@ -16,7 +16,7 @@ from ddp_lib.cli import parse
 from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.device import thread_budget
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.options import (
     CheckOptions,
     Launch,
@@ -80,6 +80,9 @@ class StacksOptions:
 
     timeout_s: float = 10.0
     """Seconds to wait for each rank's stack."""
+
+    def __post_init__(self) -> None:
+        require_seconds("--timeout-s", self.timeout_s)
 
 
 @dataclass(frozen=True)

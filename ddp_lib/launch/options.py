@@ -10,7 +10,9 @@ import tyro
 from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.distributed.environment import read_rank_env
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, require_seconds
+
+_MOST_NODES, _MOST_RESTARTS = 100_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class LaunchOptions:
     dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
     """Print the nearest torchrun command for this machine, with its environment; start nothing."""
 
+    def __post_init__(self) -> None:
+        require_seconds("--grace-s", self.grace_s)
+        _whole("--max-restarts", str(self.max_restarts), 0, "restarts", _MOST_RESTARTS)
+
 
 @dataclass(frozen=True)
 class ScriptOptions:
@@ -57,9 +63,7 @@ class ScriptOptions:
 
     def __post_init__(self) -> None:
         for name in ("join_timeout_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {getattr(self, name)!r}: give a number above 0")
+            require_seconds("--" + name.replace("_", "-"), getattr(self, name))
         self.shown()
 
     def shown(self) -> set[int] | None:
@@ -145,19 +149,19 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
             f"{named['nnodes']} {nodes[1]} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
             "such as 192.168.1.10:29500, and the same on all"
         )
-    restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts")
+    restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts", _MOST_RESTARTS)
     if values["nproc_per_node"] not in ("auto", "gpu", "cpu"):
-        _whole(named["nproc_per_node"], values["nproc_per_node"], 1, "ranks, or auto, gpu or cpu")
+        _whole(named["nproc_per_node"], values["nproc_per_node"], 1, "ranks, or auto, gpu or cpu", 1024)
     node_rank = None
     if values["node_rank"] and nodes[1] > 1:
-        node_rank = _whole(named["node_rank"], values["node_rank"], 0, "machines before this one")
+        node_rank = _whole(
+            named["node_rank"], values["node_rank"], 0, "machines before this one", _MOST_NODES
+        )
         if node_rank >= nodes[1]:
             raise UserError(
                 f"{named['node_rank']} is {node_rank}, but {named['nnodes']} is {values['nnodes']}: "
                 f"give 0 to {nodes[1] - 1}"
             )
-    if not options.grace_s > 0:
-        raise UserError(f"--grace-s is {options.grace_s:g}: give a number of seconds above 0")
     return Launch(
         values["nproc_per_node"],
         nodes,
@@ -193,16 +197,21 @@ def read_variables(options: LaunchOptions, job: str) -> Launch:
     )
 
 
-def _whole(flag: str, text: str, least: int, what: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{flag} is {text!r}: give a number of {what}, at least {least}")
+def _whole(flag: str, text: str, least: int, what: str, most: int) -> int:
+    if not _is_number(text, least, most):
+        raise UserError(f"{flag} is {text!r}: give a number of {what}, from {least} to {most}")
     return int(text)
+
+
+def _is_number(text: str, least: int, most: int) -> bool:
+    # int() raises an error of its own for thousands of digits.
+    return text.isdecimal() and len(text) < 20 and least <= int(text) <= most
 
 
 def _nodes(flag: str, text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
     high = high or low
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+    if not (_is_number(high, 1, _MOST_NODES) and _is_number(low, 1, int(high))):
         raise UserError(f"{flag} {text!r}: give a number of machines, such as 2, or a range, 1:2")
     return int(low), int(high)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import cloudpickle
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.notebook.rank_pool import RankPool
 from ddp_lib.processes.forkserver import start_server
 
@@ -31,8 +31,7 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
     """
     if nproc < 1:
         raise UserError(f"nproc is {nproc}: give a number of ranks, 1 or more")
-    if timeout_s <= 0:
-        raise UserError(f"timeout_s is {timeout_s}: give a number of seconds above 0")
+    require_seconds("timeout_s", timeout_s)
     try:
         work = cloudpickle.dumps((fn, args))
     except Exception as error:

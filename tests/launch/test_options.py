@@ -33,6 +33,17 @@ BAD = {
     "plot nothing": (["plot"], "RUN_DIR"),
     "plot nowhere": (["plot", "no/such/run"], "no/such/run"),
 }
+# What a number may not be, whatever its flag: later it would be a traceback, or never end.
+NUMBERS = {
+    "train": """--seed=-1 --seed=99999999999999999999 --timeout-s=1e12 --timeout-s=nan --join-timeout-s=inf
+        --data-timeout-s=1e7 --grace-s=1e12 --checkpoint-every-s=inf --lr=1e39 --lr=nan --weight-decay=1e39
+        --warmup=nan --momentum=1 --epochs=1000000000000 --global-batch-size=99999999999 --accumulate=0
+        --image-size=100000 --nproc-per-node=99999 --max-restarts=99999999999 --nnodes=1:9999999""",
+    "run": "--timeout-s=1e12 --join-timeout-s=1e12 --grace-s=nan --max-restarts=-1",
+    "stacks": "--timeout-s=1e12",
+}
+for command, flags in NUMBERS.items():
+    BAD |= {f"{command} {flag}": ([command, flag], flag.partition("=")[0]) for flag in flags.split()}
 
 
 @pytest.mark.parametrize(("args", "named"), BAD.values(), ids=BAD)
