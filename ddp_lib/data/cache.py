@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,6 +48,61 @@ def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> Abs
         ) from None
 
 
+def _read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
+    """The cache's metadata; None if it is missing or damaged, or the cache was not made from `made_from`."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
+        seal = _seal(meta)  # caches of version 1.0 have none
+        return meta if (meta["made_from"], meta.get("sha256", seal)) == (made_from, seal) else None
+    return None
+
+
+def find_cache(cache: Path, made_from: str) -> dict[str, Any] | None:
+    """The metadata of a whole cache that was made from `made_from`, or None. The arrays are read for it only
+    if something has touched or copied their files."""
+    meta = _read_meta(cache, made_from)
+    if meta is None:
+        return None
+    try:
+        stamps = _stamps(cache)
+        if meta.get("files") == stamps:
+            return meta
+        arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        if _digest(meta["classes"], arrays) != meta["digest"]:
+            return None
+    except Exception:  # a damaged header fails in many ways
+        return None
+    with suppress(OSError):  # a folder that cannot be written is read whole each time
+        _write_meta(cache, meta | {"files": stamps})
+    return meta
+
+
+def _stamps(cache: Path) -> dict[str, list[int]]:
+    """Size and times of each array's file. Nobody can set the time of the last change of its inode."""
+    statuses = {name: (cache / f"{name}.npy").stat() for name in ARRAYS}
+    return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in statuses.items()}
+
+
+def _seal(meta: dict[str, Any]) -> str:
+    """Of everything in the metadata but the seal itself."""
+    rest = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    temporary = folder / f"{META}.{os.getpid()}"
+    temporary.write_text(json.dumps(meta | {"sha256": _seal(meta)}, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / META)
+
+
+def _digest(classes: Sequence[str], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for name in ARRAYS:
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
+
+
 def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
     """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache. Returns
     the metadata."""
@@ -57,11 +112,8 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
     with TemporaryDirectory(prefix=prefix, dir=cache.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         folder.chmod(0o755)  # mkdtemp's 0700 would hide it from another user's job
-        digest = hashlib.sha256(json.dumps(raw.classes).encode())
-        for name in ARRAYS:
-            array = np.ascontiguousarray(getattr(raw, name))
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.data)
+        arrays = {name: np.ascontiguousarray(getattr(raw, name)) for name in ARRAYS}
+        for name, array in arrays.items():
             with open(folder / f"{name}.npy", "wb") as file:
                 # np.save would do the same, but its error for a full disk does not say so.
                 header = np.lib.format.header_data_from_array_1_0(array)
@@ -74,11 +126,11 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
             "classes": raw.classes,
             "mean": mean,
             "std": std,
-            "digest": digest.hexdigest(),
+            "digest": _digest(raw.classes, arrays),
             "made_from": made_from,
-            "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS},
+            "files": _stamps(folder),
         }
-        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        _write_meta(folder, meta)
         shutil.rmtree(cache, ignore_errors=True)  # damaged, or made from a source that has changed
         os.replace(folder, cache)
     return meta

@@ -1,18 +1,15 @@
 """Data sets as uint8 tensors, shared by a machine's ranks."""
 
-import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_lib.data import shapes
-from ddp_lib.data.cache import ARRAYS, META, RawDataset, cache_lock, write_cache
+from ddp_lib.data.cache import ARRAYS, RawDataset, cache_lock, find_cache, write_cache
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
 from ddp_lib.errors import UserError
@@ -64,7 +61,7 @@ def load_dataset(
     download_timeout_s: float = 30.0,
     image_size: int = 32,
 ) -> Dataset:
-    """The data set `shapes`, `cifar10`, or a folder that holds train/<class>/* and test/<class>/*.
+    """The data set `shapes`, `cifar10`, or a folder that holds train/<class>/* and test/<class>/* (or val/).
 
     The first process on a machine writes the arrays to `<data_dir>/cache`. The others, those of other jobs
     included, wait for it, up to `timeout_s` seconds. Then all map the same files, so that the images are in
@@ -77,13 +74,13 @@ def load_dataset(
     data_dir = Path(data_dir).expanduser()
     cache_name, made_from, make = _resolve_source(source, data_dir, image_size, download_timeout_s, log)
     cache = data_dir / "cache" / cache_name
-    meta = read_meta(cache, made_from)
     try:
+        meta = find_cache(cache, made_from)
         if meta is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with cache_lock(cache, timeout_s, log):
                 # Another process may have made it meanwhile.
-                meta = read_meta(cache, made_from) or write_cache(cache, made_from, make())
+                meta = find_cache(cache, made_from) or write_cache(cache, made_from, make())
         # "c" is copy on write: all processes share the pages, and torch does not warn of a read-only array.
         arrays = [torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS]
     except OSError as error:
@@ -96,15 +93,6 @@ def load_dataset(
     return Dataset(source, tuple(meta["classes"]), train, test, mean, std, meta["digest"])
 
 
-def read_meta(cache: Path, made_from: str) -> dict[str, Any] | None:
-    """The cache's metadata; None if the cache is incomplete or was not made from `made_from`."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        meta: dict[str, Any] = json.loads((cache / META).read_text(encoding="utf-8"))
-        sizes = {name: (cache / f"{name}.npy").stat().st_size for name in ARRAYS}
-        return meta if (meta["made_from"], meta["bytes"]) == (made_from, sizes) else None
-    return None
-
-
 def digest_of(source: str, data_dir: str | Path = "data", image_size: int = 32) -> str:
     """The first 12 digits of the digest of a data set that `load_dataset` has cached on this machine.
 
@@ -112,8 +100,8 @@ def digest_of(source: str, data_dir: str | Path = "data", image_size: int = 32) 
     everything else. UserError if the folder is missing or unusable.
     """
     data_dir = Path(data_dir).expanduser()
-    cache_name, made_from, _ = _resolve_source(source, data_dir, image_size, 0, print)
-    meta = read_meta(data_dir / "cache" / cache_name, made_from)
+    cache_name, made_from, _ = _resolve_source(source, data_dir, image_size, 0, lambda text: None)
+    meta = find_cache(data_dir / "cache" / cache_name, made_from)
     if meta is None:
         return made_from if source == "shapes" else "not ready"
     return str(meta["digest"])[:12]

@@ -1,6 +1,8 @@
 """A decoded data set is kept, checked, and shared by the ranks of a machine."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -55,13 +57,40 @@ def test_no_warning_of_a_read_only_array(tmp_path: Path) -> None:
     )
 
 
+def overwrite(path: Path, position: int, mask: bytes) -> None:
+    """Flips the bits of `mask` in one byte, counted from the end."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= mask[0]
+    path.write_bytes(content)
+
+
+DAMAGE = "cut|zeroed|zeroed header|bit|labels|missing|meta cut|meta zeroed|meta bit|meta missing|older|half"
+
+
 @pytest.mark.usefixtures("few_shapes")
-@pytest.mark.parametrize("damage", ["cut", "missing", "meta cut", "meta missing", "older", "half"])
+@pytest.mark.parametrize("damage", DAMAGE.split("|"))
 def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
-    digest = load_dataset("shapes", tmp_path, log=quiet).digest
+    first = load_dataset("shapes", tmp_path, log=quiet)
+    digest = first.digest
     cache = tmp_path / "cache" / "shapes"
-    victim = cache / "train_images.npy"
+    victim, meta_file = cache / "train_images.npy", cache / "meta.json"
+    before = victim.stat()
     match damage:
+        case "zeroed":
+            victim.write_bytes(bytes(before.st_size))
+        case "zeroed header":
+            victim.write_bytes(bytes(100) + victim.read_bytes()[100:])
+        case "bit":
+            overwrite(victim, -500, b"\x80")
+        case "labels":
+            victim = cache / "test_labels.npy"
+            overwrite(victim, -8, b"\x01")
+        case "meta zeroed":
+            meta_file.write_bytes(bytes(meta_file.stat().st_size))
+        case "meta bit":
+            text = meta_file.read_text()
+            digit = text.index("0.", text.index("mean")) + 3
+            meta_file.write_text(text[:digit] + str(int(text[digit]) ^ 1) + text[digit + 1 :])
         case "cut":
             victim.write_bytes(victim.read_bytes()[:-100])
         case "missing":
@@ -75,10 +104,31 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
             (cache / "meta.json").write_text(json.dumps(meta | {"made_from": "shapes version 0"}))
         case "half":
             cache.rename(tmp_path / "cache" / ".shapes.abcdefgh")  # what a killed maker leaves
+    if victim.exists():
+        os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = load_dataset("shapes", tmp_path, log=quiet)
-    assert again.digest == digest
+    assert again.digest == digest and again.mean == first.mean
+    assert (again.test.labels.numpy() == shapes.make_shapes(20, shapes.TEST_SEED)[1]).all()
     assert (again.train.images.numpy() == shapes.make_shapes(60, shapes.TRAIN_SEED)[0]).all()
     assert sorted(p.name for p in cache.parent.iterdir()) == ["shapes", "shapes.lock"]
+
+
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("version", ["1.0", "now"])
+def test_a_copied_cache_is_read_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    first = load_dataset("shapes", tmp_path / "here", log=quiet)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    meta_file = tmp_path / "there" / "cache" / "shapes" / "meta.json"
+    if version == "1.0":
+        meta = json.loads(meta_file.read_text())
+        del meta["sha256"], meta["files"]
+        meta_file.write_text(json.dumps(meta))
+    monkeypatch.setattr(shapes, "make_shapes", None)  # not called again
+    assert load_dataset("shapes", tmp_path / "there", log=quiet).digest == first.digest
+    monkeypatch.setattr("ddp_lib.data.cache._digest", None)  # nor is all read again
+    assert load_dataset("shapes", tmp_path / "there", log=quiet).digest == first.digest
 
 
 def test_waiting_for_another_process_has_a_timeout(tmp_path: Path) -> None:
