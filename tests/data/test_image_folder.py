@@ -65,6 +65,81 @@ def test_folder_is_read_again_when_it_changed(tmp_path: Path, folder: Path) -> N
     assert len(load_dataset(str(folder), tmp_path / "data", log=quiet).test) == 3
 
 
+@pytest.mark.parametrize("how", ["rewritten", "swapped", "links swapped"])
+def test_a_file_changed_under_the_same_size_and_time_is_seen(tmp_path: Path, folder: Path, how: str) -> None:
+    red, blue = (folder / "train" / name / "1.bmp" for name in ("red", "blue"))
+    for path, colour in ((red, (1, 2, 3)), (blue, (4, 5, 6))):
+        kept = tmp_path / f"{path.parent.name}.bmp" if how == "links swapped" else path
+        flat(colour).save(kept)
+        os.utime(kept, (1e9, 1e9))
+        if kept != path:
+            path.symlink_to(kept)
+    first = load_dataset(str(folder), tmp_path / "data", log=quiet)
+    if how == "rewritten":
+        flat((7, 8, 9)).save(red)
+        os.utime(red, (1e9, 1e9))
+    else:
+        red.rename(red.with_name("other"))
+        blue.rename(red)
+        red.with_name("other").rename(blue)
+    assert load_dataset(str(folder), tmp_path / "data", log=quiet).digest != first.digest
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path, folder: Path) -> None:
+    red = folder / "train" / "red"
+    for name in ("a.heic", "b.HEIC", "c.jfif", "no_ending"):
+        (red / name).write_bytes(b"photograph")
+    (red / "more").mkdir()
+    os.mkfifo(red / "pipe.png")
+    flat(0, "L").save(folder / "test" / "loose.png")
+    for split in ("train", "test"):
+        (folder / split / "green").symlink_to(tmp_path / "unplugged")
+        (folder / split / "__MACOSX").mkdir()
+        (folder / split / "__MACOSX" / "._0.png").write_text("no image")
+    said: list[str] = []
+    assert len(load_dataset(str(folder), tmp_path / "data", log=said.append).train) == 6
+    line = (
+        f"data: passed over in {folder}: 2 x .heic file, 1 x .jfif file, 1 x .png file beside the class "
+        "folders, 2 x broken link beside the class folders, 1 x file, 1 x folder, 1 x pipe or device"
+    )
+    assert line in said
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_a_folder_for_validation_is_the_test_set(tmp_path: Path, folder: Path, name: str) -> None:
+    (folder / "test").rename(folder / name)
+    (folder / "test").mkdir()
+    flat(0, "L").save(folder / "test" / "without_label.png")
+    said: list[str] = []
+    assert len(load_dataset(str(folder), tmp_path / "data", log=said.append).test) == 2
+    assert f"data: {folder} has no classes in test/: testing on {name}/" in said
+
+
+def test_all_broken_images_are_named(tmp_path: Path, folder: Path) -> None:
+    broken = [folder / split / "red" / "0.png" for split in ("train", "test")]
+    for path in broken:
+        path.write_bytes(b"")
+    tiff = folder / "test" / "blue" / "deep.tiff"
+    Image.fromarray(np.full((32, 32), 7, np.int32)).save(tiff)
+    line = refusal(str(folder), tmp_path / "data")
+    assert line.startswith("3 images cannot be read: ")
+    assert all(str(path) in line for path in broken)
+    assert f"{tiff} (32-bit pixels from 7 to 7: save them with 8 or 16 bits)" in line
+    for path in broken:
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    line = refusal(str(folder), tmp_path / "data")
+    assert line.startswith("2 images cannot be read: ") and "0.png (broken link)" in line
+
+
+@pytest.mark.parametrize("values", [(0.0, 255.0), (-1.0, 1.0), (0.0, float("nan"))])
+def test_floating_point_pixels_without_a_known_white_are_refused(
+    tmp_path: Path, folder: Path, values: tuple[float, float]
+) -> None:
+    Image.fromarray(np.array([values], np.float32)).save(folder / "test" / "red" / "x.tiff")
+    assert "save them as 0 to 1" in refusal(str(folder), tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("image", "ending", "expected"),
     [
@@ -75,6 +150,8 @@ def test_folder_is_read_again_when_it_changed(tmp_path: Path, folder: Path) -> N
         (flat((255, 0, 0)).quantize(4), "png", (255, 0, 0)),
         (flat((0, 255, 255, 0), "CMYK"), "jpg", (254, 0, 0)),
         (flat(30_000, "I;16"), "png", (117, 117, 117)),
+        (flat(30_000, "I;16"), "tiff", (117, 117, 117)),
+        (flat(0.4, "F"), "tiff", (102, 102, 102)),
         (flat((50, 60, 70), size=(300, 7)), "bmp", (50, 60, 70)),
         (flat((50, 60, 70), size=(2000, 1500)), "JPEG", (50, 60, 70)),
         (flat((50, 60, 70), size=(1, 1)), "webp", (50, 60, 70)),
@@ -124,7 +201,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, folder: Path) -> N
     (folder / "test" / "Red").mkdir()
     flat(1, "L").save(folder / "test" / "Red" / "0.png")
     assert "'Red' only in test, 'red' only in train" in refusal(str(folder), into)
-    (folder / "test").rename(folder / "validation")
+    (folder / "test").rename(folder / "testing")
     assert f"{folder} has no folder test/" in refusal(str(folder), into)
     cached = list((into / "cache").iterdir()) if (into / "cache").exists() else []
     assert [p for p in cached if p.suffix != ".lock"] == []  # nothing half-made stays
