@@ -5,11 +5,13 @@ import http.server
 import io
 import json
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,32 @@ def test_cifar10_not_found_or_wrong(tmp_path: Path, server: Server, known: dict[
     check_names_the_cure(refusal("cifar10", tmp_path), known, tmp_path)
     server.body = body  # what lies there by now is damaged, so it is fetched again
     assert len(load_dataset("cifar10", tmp_path, log=quiet).train) == 100
+
+
+def test_what_lies_there_instead_of_cifar10_is_named(
+    tmp_path: Path, server: Server, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = server.body
+    load_dataset("cifar10", tmp_path / "whole", log=quiet)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib reads the variables only once
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    for content, named in (
+        (b"\n<!DOCTYPE html><p>Log in", f"{archive} is a web page"),
+        (body[:-50], f"{archive} is cut off, damaged or another file ({len(body) - 50:,} bytes)"),
+    ):
+        archive.write_bytes(content)
+        line = refusal("cifar10", tmp_path)
+        check_names_the_cure(line, known, tmp_path)
+        assert named in line
+        assert f"through the proxy 127.0.0.1:{port} (http_proxy)" in line and "secret" not in line
+    archive.unlink()
+    shutil.copytree(tmp_path / "whole" / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"spoilt")
+    assert "test_batch is cut off, damaged or another file (6 bytes)" in refusal("cifar10", tmp_path)
 
 
 @pytest.mark.usefixtures("known")
