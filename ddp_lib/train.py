@@ -171,6 +171,10 @@ def fit(
                 "test_loss": evaluation.loss,
                 "train_loss": train_loss,
                 "images_per_s": images_per_s,
+                # What using the model takes besides its weights: README, "Use the model".
+                "classes": list(data.classes),
+                "mean": list(data.mean),
+                "std": list(data.std),
                 "epochs": config.epochs,
                 "steps": step,
                 "world_size": world.world_size,

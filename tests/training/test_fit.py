@@ -6,6 +6,7 @@ import torch
 from ddp_lib import RankError, read_run, run_ranks
 from ddp_lib.report.plots import global_mean
 from ddp_lib.run_dir import checkpoint_file
+from tests.lab.images import CLASSES
 from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
@@ -24,6 +25,7 @@ def test_same_images_on_any_number_of_ranks(tmp_path, images_folder, shared_cach
         )
         assert summary["world_size"] == ranks
         assert summary["test_images"] == 131
+        assert summary["classes"] == list(CLASSES) and len(summary["mean"]) == len(summary["std"]) == 3
         assert len(set(summary["weights_sha256"])) == 1
         assert len(summary["weights_sha256"]) == ranks
         log = read_run(folder)
