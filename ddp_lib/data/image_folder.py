@@ -201,7 +201,8 @@ def _decode(path: Path, side: int) -> tuple[np.ndarray, bool] | str:
                 rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
             return np.asarray(rgb), resized
     except Exception as error:  # Pillow raises many types of exceptions for a broken file
-        return " ".join(str(error).split()) or type(error).__name__
+        reason = str(error).replace(repr(str(path)), "")  # it is named anyway
+        return " ".join(reason.split()) or type(error).__name__
 
 
 def _as_bytes(grey: np.ndarray, file_format: str | None) -> np.ndarray:

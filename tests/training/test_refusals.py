@@ -1,8 +1,11 @@
 """What fit refuses, before it touches the run's folder."""
 
+from shutil import copytree, rmtree
+
 import pytest
 
 from ddp_lib import RankError, run_ranks
+from tests.lab.images import write_images
 from tests.lab.runs import TIMEOUT_S, config, train
 
 pytestmark = pytest.mark.ranks
@@ -39,6 +42,31 @@ def test_refused_with_one_line_and_nothing_lost(tmp_path, images_folder, shared_
         run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)
     assert says in str(refused.value)
     assert {p.name: p.read_bytes() for p in first.iterdir() if p.is_file()} == kept
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+    """Also if the run is finished, and nothing is left to train."""
+    images = write_images(tmp_path / "images", train=42, test=9)
+    settings = config(tmp_path / "run", images, str(tmp_path / "cache"), epochs=1, global_batch_size=21)
+    run_ranks(train, 1, settings, timeout_s=TIMEOUT_S)
+
+    def rename(before: str, after: str) -> None:
+        for split in ("train", "test"):
+            (images / split / before).rename(images / split / after)
+
+    rename("ant", "wasp")  # now the labels of the others are other classes
+    with pytest.raises(RankError, match="holds a run on other data"):
+        run_ranks(train, 1, settings, timeout_s=TIMEOUT_S)
+    rename("wasp", "ant")
+    for split in ("train", "test"):
+        copytree(images / split / "ant", images / split / "dog")
+    with pytest.raises(RankError, match="holds a run on other data"):
+        run_ranks(train, 1, settings, timeout_s=TIMEOUT_S)
+    for split in ("train", "test"):
+        rmtree(images / split / "dog")
+    (images / "train" / "ant" / "0000.png").rename(tmp_path / "taken away.png")
+    with pytest.raises(RankError, match="holds a run on other data"):
+        run_ranks(train, 1, settings, timeout_s=TIMEOUT_S)
 
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, images_folder, shared_cache):
