@@ -49,7 +49,9 @@ def open_run(
                 f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                 "name another --run-dir, give the same flags, or --resume never to start again"
             )
-        before = describe_model(state["model"], state.get("source", {}))
+        same_python = state.get("versions", {}).get("python") == world.versions["python"]
+        # Another Python may write the same source in another way.
+        before = describe_model(state["model"], state.get("source", {}) if same_python else {})
         if change := _first_change(before, model):
             raise UserError(
                 f"{folder} holds a run of another model ({change}): "
