@@ -26,16 +26,68 @@ class RankEnv:
         return self.local_world_size == self.world_size
 
     @property
+    def variables(self) -> str:
+        """The variables that say which rank this is, for a message."""
+        names = ("SLURM_PROCID", "SLURM_NTASKS") if self.source == "SLURM" else ("RANK", "WORLD_SIZE")
+        return f"{names[0]}={self.rank} and {names[1]}={self.world_size}"
+
+    @property
     def endpoint(self) -> Endpoint:
         """Where rank 0 hosts the store."""
         return Endpoint(self.master_addr, self.master_port)
+
+
+# Variables in which other launchers say how many processes or machines there are: Open MPI, MPICH and Intel
+# MPI, MVAPICH2, jsrun, Flux, scripts. Each: its variable for this one's number.
+_OTHERS = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+    "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
+    "NNODES": "NODE_RANK",
+}
+_SLURM_SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+
+
+def has_rank(environ: Mapping[str, str]) -> bool:
+    """Whether variables say, or half say, which of several ranks this process is. srun of one task, as for a
+    launcher per job, does not."""
+    rank = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & environ.keys()
+    return bool(rank or _slurm_size(environ) not in ("", "1") or _other_launcher(environ))
+
+
+def size_variable(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """The variable that gives the number of ranks or machines, with its value; None if there is none."""
+    names = ["WORLD_SIZE", *(_SLURM_SIZES if _slurm_size(environ) not in ("", "1") else ()), *_OTHERS]
+    sizes = [(name, int(environ[name])) for name in names if environ.get(name, "").strip().isdecimal()]
+    return next(iter(sizes), None)
+
+
+def _slurm_size(environ: Mapping[str, str]) -> str:
+    """The number of tasks of the job step that this process is in; empty outside of one."""
+    if not environ.keys() >= {"SLURM_PROCID", "SLURM_STEP_ID"}:
+        return ""
+    return next((environ[name] for name in _SLURM_SIZES if name in environ), "not set")
+
+
+def _other_launcher(environ: Mapping[str, str]) -> str:
+    """The variable in which another launcher says that this process is not alone; empty if there is none."""
+    if _slurm_size(environ):
+        return ""
+    for size, number in _OTHERS.items():
+        if environ.get(size, "").strip() not in ("", "1"):
+            return size
+        if number == "NODE_RANK" and size not in environ and environ.get(number, "").strip():
+            return number
+    return ""
 
 
 def read_rank_env(environ: Mapping[str, str], **flags: int | str | None) -> RankEnv:
     """The rank from the flags (`rank=`, `world_size=`, ...), else RANK etc., else SLURM's variables.
 
     A process with none of them is alone. Raises UserError, with the variable, its value and the cure, if they
-    are incomplete or contradict each other.
+    are incomplete or contradict each other, or if only another launcher's say that there are more.
     """
     env = {**environ, **{name.upper(): str(value) for name, value in flags.items() if value is not None}}
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -48,6 +100,13 @@ def read_rank_env(environ: Mapping[str, str], **flags: int | str | None) -> Rank
                 f"{name}={env[name]!r} is set, but RANK and WORLD_SIZE are not: "
                 f"set them too (RANK=0 on the master), or unset {name} to train alone"
             )
+    if other := _other_launcher(env):
+        example = f" (RANK=${_OTHERS[other]} WORLD_SIZE=${other})" if other in _OTHERS else ""
+        raise UserError(
+            f"{other}={env[other]!r} is set, but RANK and WORLD_SIZE are not: set RANK, WORLD_SIZE, "
+            f"MASTER_ADDR and MASTER_PORT for each process{example}, or give ddp-launch --nnodes and "
+            f"--rdzv-endpoint on each machine, or unset {other} to train alone"
+        )
     return RankEnv()
 
 
@@ -93,7 +152,7 @@ def _from_rank(env: Mapping[str, str]) -> RankEnv:
 
 def _from_slurm(env: Mapping[str, str]) -> RankEnv:
     cure = "start the ranks with srun"
-    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    size_name = next((name for name in _SLURM_SIZES if name in env), _SLURM_SIZES[-1])
     world_size = _number(env, size_name, cure)
     if world_size < 1:
         raise UserError(f"{size_name}={world_size} is too small: {cure}")

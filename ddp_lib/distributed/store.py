@@ -144,7 +144,8 @@ def require_job(store: dist.Store, job: str, endpoint: Endpoint) -> None:
         name = f"the job {owner['name']!r}" if owner["name"] else "a job without a name"
         raise TransientError(
             f"{endpoint} belongs to {name}, started at {owner['since']} on {owner['host']}, and not to "
-            f"{f'{job!r}' if job else 'this job, which has no name'}: choose another port on every machine"
+            f"{f'{job!r}' if job else 'this job, which has no name'}: choose another port on every machine; "
+            "if it is the same job, give every machine the same flags"
         )
 
 

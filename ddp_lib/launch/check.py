@@ -32,7 +32,7 @@ from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
 from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.diagnosis import Measured, Report, causes, table
-from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, has_pet_variables, read_launch
+from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, read_launch
 
 # Fractions of --timeout-s by which all must have come, measured, and read the others' results.
 _CAME, _MEASURED, _READ = 0.5, 0.8, 0.9
@@ -94,20 +94,23 @@ def _exit_after(timeout_s: float) -> None:
 def read_endpoint(options: LaunchOptions) -> tuple[Endpoint, Report]:
     """Where the machines meet; how many there are, and this machine's number, if it has one.
 
-    From the launcher's flags or PET_* variables, else from RANK, WORLD_SIZE and MASTER_*.
+    From the flags and variables, as read_launch takes them.
     """
-    if options.rdzv_endpoint or options.nnodes != "1" or has_pet_variables():
-        launch = read_launch(options)
-        if launch.endpoint is None:
-            raise UserError("check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT")
+    launch = read_launch(options)
+    if launch.endpoint is None:
+        raise UserError(
+            "check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT, or set "
+            "MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK"
+        )
+    if launch.local is None:
         rank, names = launch.node_rank, {"size_name": "--nnodes", "rank_name": "--node-rank"}
         hosts = rank == 0 if rank is not None else is_here(launch.endpoint)
         return launch.endpoint, {"size": launch.nodes[1], "rank": rank, "hosts": hosts, **names}
     env = read_rank_env(os.environ)
     if env.one_machine:
         raise UserError(
-            "check compares several machines: give --nnodes 2 --rdzv-endpoint HOST:PORT, or set "
-            "MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK"
+            f"check compares several machines, but {env.variables} are the ranks of one: unset these "
+            "variables, and give --nnodes 2 --rdzv-endpoint HOST:PORT"
         )
     if env.local_rank:
         raise UserError(f"LOCAL_RANK={env.local_rank}: run the check once on each machine")

@@ -23,9 +23,7 @@ from ddp_lib.launch.options import (
     LaunchOptions,
     ScriptOptions,
     count_ranks,
-    has_pet_variables,
     read_launch,
-    read_variables,
 )
 from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
 from ddp_lib.launch.script import read_script, split
@@ -146,7 +144,7 @@ def run(args: list[str]) -> int:
     flags, words = split(args, LaunchOptions)
     given = parse(RunCommand, flags, "ddp-launch run")
     script = read_script(words)
-    launch = _read(given.launch, script.name)
+    launch = read_launch(given.launch, job=script.name)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command
 
@@ -160,18 +158,19 @@ def run(args: list[str]) -> int:
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
     training, job = given.training, Path(given.training.run_dir).expanduser().absolute().name
+    launch = read_launch(given.launch, job=job)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command, training_flags
 
         target = ["-m", "ddp_lib.train", *training_flags(training)]
-        print(plain_command(read_launch(given.launch, job=job), target, training.join_timeout_s))
+        print(plain_command(launch, target, training.join_timeout_s))
         return 0
-    if given.launch == LaunchOptions() and not has_pet_variables() and _has_rank():
+    if launch.local and given.launch == LaunchOptions():  # nothing that needs an agent
         from ddp_lib.train import run
 
         collect_garbage()
         return run(training)
-    launch = replace(read_launch(given.launch, job=job), timeout_s=training.timeout_s)
+    launch = replace(launch, timeout_s=training.timeout_s)
     ranks = ForkedRanks("ddp_lib.train:run", (training,), PRELOAD, partial(_describe, training))
     return start_agent(launch, training.join_timeout_s, ranks)
 
@@ -188,24 +187,6 @@ def _describe(training: TrainConfig) -> dict[str, Any]:
         "flags": training_flags(replace(training, **{f: getattr(TrainConfig, f) for f in PER_MACHINE})),
         "data": load_own_data(training, lambda text: print(text, flush=True)).digest[:16],
     }
-
-
-def _read(options: LaunchOptions, job: str) -> Launch:
-    """From the flags and PET_* variables, or from those that give this process its rank."""
-    flags = options.nnodes != "1" or options.rdzv_endpoint or has_pet_variables()
-    if flags or not _has_rank():
-        return read_launch(options, job=job)
-    return read_variables(options, job)
-
-
-def _has_rank() -> bool:
-    """Whether docker run -e, srun or torchrun has given this process its rank."""
-    env = os.environ
-    return bool({"RANK", "WORLD_SIZE", "MASTER_ADDR"} & env.keys()) or (
-        "SLURM_PROCID" in env
-        and "SLURM_STEP_ID" in env
-        and env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS")) != "1"
-    )
 
 
 def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:

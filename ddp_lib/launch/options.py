@@ -9,7 +9,7 @@ import tyro
 
 from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
 from ddp_lib.distributed.device import usable_cores
-from ddp_lib.distributed.environment import read_rank_env
+from ddp_lib.distributed.environment import RankEnv, has_rank, read_rank_env, size_variable
 from ddp_lib.errors import UserError, require_seconds
 
 _MOST_NODES, _MOST_RESTARTS = 100_000, 1_000_000
@@ -117,18 +117,17 @@ class Launch:
         return str(low) if low == high else f"{low}:{high}"
 
 
-def has_pet_variables() -> bool:
-    """Whether a variable is set that gives the number of machines, or where they meet."""
-    return not {"PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"}.isdisjoint(os.environ)
-
-
 def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ, job: str = "ddp") -> Launch:
     """The flags, then PET_* variables, then the defaults. UserError if they are wrong.
 
     job: its name, if no --rdzv-id is given.
 
-    torchrun takes its flags' defaults from these variables; Kubeflow's operator sets them.
+    torchrun takes its flags' defaults from PET_* variables; Kubeflow's operator sets them. If neither says
+    where the machines meet, but other variables say which rank this process is (RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT, or SLURM's), it counts as a machine of one rank, and `Launch.local` is set. UserError
+    if flags contradict the variables.
     """
+    by_pet = not {"PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"}.isdisjoint(environ)
     values, named = {}, {}
     for field, value in vars(options).items():
         values[field], named[field] = str(value), "--" + field.replace("_", "-")
@@ -140,6 +139,15 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
         values["rdzv_endpoint"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         named["rdzv_endpoint"] = "PET_MASTER_ADDR"
     nodes = _nodes(named["nnodes"], values["nnodes"])
+    restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts", _MOST_RESTARTS)
+    nproc = values["nproc_per_node"]
+    if nproc not in ("auto", "gpu", "cpu"):
+        _whole(named["nproc_per_node"], nproc, 1, "ranks, or auto, gpu or cpu", 1024)
+    if not by_pet and not values["rdzv_endpoint"] and has_rank(environ):
+        run_id = environ.get("TORCHELASTIC_RUN_ID", "")
+        return _of_rank(read_rank_env(environ), options, restarts, job, run_id)
+    if not by_pet:
+        _require_size(nodes, values["nnodes"], nproc, environ)
     job = values["rdzv_id"].strip() or job
     endpoint = None
     if values["rdzv_endpoint"] and (nodes[1] > 1 or named["rdzv_endpoint"].startswith("--")):
@@ -149,9 +157,6 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
             f"{named['nnodes']} {nodes[1]} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
             "such as 192.168.1.10:29500, and the same on all"
         )
-    restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts", _MOST_RESTARTS)
-    if values["nproc_per_node"] not in ("auto", "gpu", "cpu"):
-        _whole(named["nproc_per_node"], values["nproc_per_node"], 1, "ranks, or auto, gpu or cpu", 1024)
     node_rank = None
     if values["node_rank"] and nodes[1] > 1:
         node_rank = _whole(
@@ -163,7 +168,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
                 f"give 0 to {nodes[1] - 1}"
             )
     return Launch(
-        values["nproc_per_node"],
+        nproc,
         nodes,
         endpoint,
         node_rank,
@@ -174,15 +179,26 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
     )
 
 
-def read_variables(options: LaunchOptions, job: str) -> Launch:
-    """The launch that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or SLURM's variables, describe: each
-    process that has them counts as a machine of one rank. UserError if flags contradict them."""
-    if options.nproc_per_node not in ("auto", "1"):
-        raise UserError(
-            f"--nproc-per-node {options.nproc_per_node}, but the environment says which rank this process is "
-            "(RANK and WORLD_SIZE, or srun): give one of the two"
-        )
-    env = read_rank_env(os.environ)
+def _of_rank(env: RankEnv, options: LaunchOptions, restarts: int, job: str, run_id: str) -> Launch:
+    """The launch of a process whose variables say which rank it is: a machine of this one rank.
+
+    run_id: torchrun's name of the job, if torchrun has started this process.
+    """
+    machines = env.world_size // env.local_world_size
+    torchrun = f"TORCHELASTIC_RUN_ID={run_id}"
+    for flag, given, agrees, variables in (
+        ("--nproc-per-node", options.nproc_per_node, {"auto", "1"}, env.variables),
+        ("--nnodes", options.nnodes, {"1", str(env.world_size), str(machines)}, env.variables),
+        ("--node-rank", options.node_rank, {"", str(env.rank), str(env.node)}, env.variables),
+        ("--rdzv-id", options.rdzv_id, {"", run_id or options.rdzv_id}, torchrun),
+        ("--max-restarts", str(restarts), {"0", "0" if run_id else str(restarts)}, torchrun),
+    ):
+        if given not in agrees:
+            raise UserError(
+                f"{flag} is {given}, but {variables}: this process is one rank of {env.world_size}; leave "
+                "the flag out, or unset these variables and start one ddp-launch per machine, with --nnodes "
+                "and --rdzv-endpoint"
+            )
     one = env.world_size == 1
     return Launch(
         nproc="1",
@@ -190,11 +206,24 @@ def read_variables(options: LaunchOptions, job: str) -> Launch:
         endpoint=None if one else env.endpoint,
         node_rank=None if one else env.rank,
         job=options.rdzv_id or job,
-        max_restarts=options.max_restarts,
+        max_restarts=restarts,
         check=not options.no_check,
         grace_s=options.grace_s,
         local=(env.local_rank, env.local_world_size),
     )
+
+
+def _require_size(nodes: tuple[int, int], text: str, nproc: str, environ: Mapping[str, str]) -> None:
+    """UserError if a variable contradicts --nnodes: each rank or task that it counts would start a launcher.
+    WORLD_SIZE may also count the ranks of all machines."""
+    name, size = size_variable(environ) or ("", nodes[0])
+    ranks = nodes[1] * int(nproc) if nproc.isdecimal() else size
+    counts_ranks = name == "WORLD_SIZE" and size == ranks and nodes[1] > 1
+    if not (nodes[0] <= size <= nodes[1] or counts_ranks):
+        raise UserError(
+            f"--nnodes is {text}, but {name}={size}: start one ddp-launch per machine, and give --nnodes "
+            f"their number, or unset {name}"
+        )
 
 
 def _whole(flag: str, text: str, least: int, what: str, most: int) -> int:

@@ -25,14 +25,23 @@ _FRAME = re.compile(
 _EXCEPTION = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$", re.M)
 
 
-class NoLogs(DefaultLogsSpecs):
-    """The ranks write to the launcher's own output."""
+def _say_start(env: dict[str, str], starts: int, local: tuple[int, int] | None) -> None:
+    """Tells a rank, by its environment, of its earlier starts, and of its neighbours."""
+    env[STARTS] = str(starts)
+    if local:
+        env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = map(str, local)
 
-    starts = 0
+
+class NoLogs(DefaultLogsSpecs):
+    """The ranks write to the launcher's own output. local: as in RankLogs."""
+
+    def __init__(self, local: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.local, self.starts = local, 0
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         for env in envs.values():
-            env[STARTS] = str(self.starts)
+            _say_start(env, self.starts, self.local)
         self.starts += 1
         return super().reify(envs)
 
@@ -62,9 +71,7 @@ class RankLogs(LogsSpecs):
         again, self.starts = self.starts, self.starts + 1
         self.paths.clear()
         for local_rank, env in envs.items():
-            env[STARTS] = str(again)
-            if self.local:
-                env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = map(str, self.local)
+            _say_start(env, again, self.local)
             name = f"rank{env['RANK']}" + (f".restart{again}" if again else "")
             logs[local_rank] = str(self.folder / f"{name}.log")
             errors[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(self.folder / f".{name}.error.json")

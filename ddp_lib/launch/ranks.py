@@ -65,7 +65,7 @@ class ForkedRanks(Ranks):
     def logs(self, launch: Launch) -> "LogsSpecs":
         from ddp_lib.launch.rank_log import NoLogs
 
-        return NoLogs()
+        return NoLogs(launch.local)
 
     def equal(self, elastic: bool) -> dict[str, Any]:
         # The ranks compare this too. But a machine that joins a running job must not get so far.

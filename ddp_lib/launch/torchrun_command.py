@@ -16,7 +16,7 @@ def plain_command(launch: Launch, target: list[str], join_timeout_s: float) -> s
     put rank 0 on another machine.
     """
     nproc = count_ranks(launch.nproc)
-    threads = str(thread_budget(nproc))
+    threads = str(thread_budget(launch.local[1] if launch.local else nproc))
     environment = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     names = (*environment, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     environment |= {name: os.environ[name] for name in names if name in os.environ}
