@@ -32,6 +32,17 @@ class RankEnv:
         return f"{names[0]}={self.rank} and {names[1]}={self.world_size}"
 
     @property
+    def hint(self) -> str:
+        """Ends a message about ranks that do not come: a shell or notebook inside an allocation may have
+        SLURM's variables without being meant as a rank."""
+        if self.source != "SLURM":
+            return ""
+        return (
+            f"; {self.variables} are set here: start all ranks with srun, or `unset SLURM_PROCID` to train "
+            "alone (in a notebook: del os.environ['SLURM_PROCID'])"
+        )
+
+    @property
     def endpoint(self) -> Endpoint:
         """Where rank 0 hosts the store."""
         return Endpoint(self.master_addr, self.master_port)

@@ -89,10 +89,15 @@ class World(RankEnv):
         if rank_env.world_size == 1:
             group, backend, how = StoreGroup(), "none", "no process group"
         else:
-            group = open_store(rank_env, env, join_timeout_s)
-            deadline = started + join_timeout_s
-            with group.publishing_errors():
-                backend, reason = handshake(group, rank_env, backend, reason, join_timeout_s, deadline)
+            try:
+                group = open_store(rank_env, env, join_timeout_s)
+                deadline = started + join_timeout_s
+                with group.publishing_errors():
+                    backend, reason = handshake(group, rank_env, backend, reason, join_timeout_s, deadline)
+            except TransientError as error:
+                if rank_env.hint:
+                    raise TransientError(f"{error}{rank_env.hint}") from None
+                raise
             how = f"backend {backend} ({reason})"
         device = pick_device(backend, rank_env.local_rank)
         world = cls(**vars(rank_env), device=device, backend=backend, store_group=group, timeout_s=timeout_s)

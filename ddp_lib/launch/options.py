@@ -110,6 +110,7 @@ class Launch:
     grace_s: float = 30.0
     timeout_s: float = 120.0  # of a collective, in the ranks
     local: tuple[int, int] | None = None  # local rank and number of local ranks, if variables give them
+    hint: str = ""  # ends a message about machines that do not come
 
     @property
     def nodes_text(self) -> str:
@@ -210,6 +211,7 @@ def _of_rank(env: RankEnv, options: LaunchOptions, restarts: int, job: str, run_
         check=not options.no_check,
         grace_s=options.grace_s,
         local=(env.local_rank, env.local_world_size),
+        hint=env.hint,
     )
 
 

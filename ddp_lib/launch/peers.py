@@ -163,7 +163,7 @@ class Peers:
         return (
             f"the machines did not meet at {where} within {timeout_s:g} s: of {self.launch.nodes_text} came "
             f"{len(came)}, {', '.join(came)}; start the same command on every machine; check "
-            "--rdzv-endpoint, --nnodes and --join-timeout-s"
+            f"--rdzv-endpoint, --nnodes and --join-timeout-s{self.launch.hint}"
         )
 
     def publish_end(self, line: str, status: int) -> tuple[str, int]:

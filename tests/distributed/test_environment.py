@@ -50,6 +50,14 @@ def test_slurm_in_a_job_step():
     assert 1024 < rank_env.master_port < 32768
 
 
+def test_in_an_allocation_a_wait_in_vain_names_slurms_variables():
+    assert read_rank_env(FOUR).hint == ""
+    hint = read_rank_env(SLURM).hint
+    assert "SLURM_PROCID=3 and SLURM_NTASKS=4" in hint and "`unset SLURM_PROCID`" in hint
+    alone = {name: value for name, value in SLURM.items() if name != "SLURM_PROCID"}
+    assert read_rank_env(alone) == RankEnv()  # the cure
+
+
 def test_sbatch_script_is_no_step():
     outside = {k: v for k, v in SLURM.items() if k not in ("SLURM_STEP_ID", "SLURM_PROCID")}
     assert read_rank_env(outside) == RankEnv()
