@@ -4,6 +4,7 @@ Edit it, or name a model of your own with --model package.module:callable.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -64,12 +65,12 @@ class SimpleModel(nn.Module):
 def build_model(spec: str, num_classes: int) -> nn.Module:
     """The model that `package.module:callable` returns when it is called with num_classes=...
 
-    The working directory is on the path. UserError if the callable cannot be found, has no such parameter, or
+    The working directory is searched last. UserError if the callable cannot be found, has no such parameter, or
     returns no torch.nn.Module with a parameter to train. What the reader's code raises is not caught.
     """
     module_name, _, name = spec.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: its queue.py must not replace Python's
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:

@@ -26,7 +26,7 @@ from ddp_lib.distributed.coordination import all_reduce_status, compare
 from ddp_lib.distributed.device import keep_freed_memory
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
-from ddp_lib.processes.exit_status import as_exit_status, may_pass_once
+from ddp_lib.processes.exit_status import as_exit_status, may_pass_once, require_working_directory
 from ddp_lib.processes.signals import Stopped, StopSignal
 from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.log import RunLog
@@ -269,6 +269,7 @@ def run(config: TrainConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs a rank that torchrun, SLURM or a user has started; `argv`: its flags."""
     with as_exit_status() as outcome:
+        require_working_directory()
         outcome.status = run(parse(TrainConfig, argv, "ddp_lib.train"))
     return outcome.status
 

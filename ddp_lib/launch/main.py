@@ -27,7 +27,7 @@ from ddp_lib.launch.options import (
 )
 from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
 from ddp_lib.launch.script import read_script, split
-from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes.exit_status import as_exit_status, require_working_directory
 from ddp_lib.processes.forkserver import collect_garbage
 from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     gc.disable()  # until a command has loaded its modules, which takes a fifth less time
     with as_exit_status() as outcome:
+        require_working_directory()
         match args:
             case ["run", *rest]:
                 outcome.status = run(rest)
@@ -157,7 +158,7 @@ def run(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     given = parse(TrainCommand, args, "ddp-launch train")
-    training, job = given.training, Path(given.training.run_dir).expanduser().absolute().name
+    training, job = given.training, Path(given.training.run_dir).absolute().name
     launch = read_launch(given.launch, job=job)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command, training_flags

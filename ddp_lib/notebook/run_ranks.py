@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -12,6 +13,7 @@ import cloudpickle
 
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.notebook.rank_pool import RankPool
+from ddp_lib.processes.exit_status import require_working_directory
 from ddp_lib.processes.forkserver import start_server
 
 # Imported by the fork server, so that ranks need not. DDP imports torch._dynamo for its first model.
@@ -39,6 +41,7 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
             f"{getattr(fn, '__name__', 'fn')} or its arguments cannot be sent to the ranks "
             f"({error}): create such objects inside the function"
         ) from None
+    require_working_directory()
     start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         return RankPool(nproc, work, _source_files(fn), Path(folder)).run(timeout_s)
@@ -61,4 +64,5 @@ def _in_a_notebook() -> bool:
 
 
 if _in_a_notebook():
-    start_server(PRELOAD)  # so that it imports torch while the notebook's first cells run
+    with suppress(UserError, OSError):  # run_ranks will say it
+        start_server(PRELOAD)  # so that it imports torch while the notebook's first cells run

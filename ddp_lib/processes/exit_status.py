@@ -1,5 +1,6 @@
 """Turns a failure into one line and an exit status, and finds which of several was the cause."""
 
+import io
 import json
 import os
 import signal
@@ -130,10 +131,31 @@ def may_pass_once(began: Callable[[], bool]) -> Iterator[None]:
         raise
 
 
+def show_all_names() -> None:
+    """Lets print() show what the locale cannot, such as a file's name of another alphabet, with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def require_working_directory() -> None:
+    """UserError if the working directory is gone, or this user may not look into it: relative paths, and much
+    of Python, would fail in it."""
+    try:
+        os.stat(".")
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory {os.environ.get('PWD', '')} is gone, or closed to this user "
+            f"({error.strerror}): cd to another one"
+        ) from None
+
+
 @contextmanager
 def as_exit_status() -> Iterator[Outcome]:
     """Turns an exception into `outcome.status`, and reports it if that is not done yet."""
     outcome = Outcome()
+    show_all_names()
     try:
         yield outcome
     except BaseException as error:

@@ -11,13 +11,20 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import wait
+from multiprocessing.util import get_temp_dir
 from types import ModuleType
 from typing import Any
+
+from ddp_lib.errors import UserError
+
+# The server's PYTHONSAFEPATH, which is not meant for the programs that a rank starts.
+_SERVERS_OWN = "fork server"
 
 
 def context() -> Any:
@@ -37,16 +44,51 @@ def start_server(preload: list[str]) -> None:
     from multiprocessing.forkserver import ensure_running
 
     here.set_forkserver_preload(["ddp_lib.processes.no_gc", *preload])
-    resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the server: a process with threads must not be forked
-    try:
+    # For the server: a process with threads must not be forked; and Python must not look for its own modules
+    # in the working directory, where somebody's script may be called queue.py.
+    with _environment(OMP_NUM_THREADS="1", PYTHONSAFEPATH=os.environ.get("PYTHONSAFEPATH") or _SERVERS_OWN):
+        _make_socket_folder()
+        resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
         with _block_sigint():
             ensure_running()
+
+
+# The most bytes that the path of multiprocessing's folder for sockets may have: Linux allows a socket 107 and
+# macOS 103, of which its name in the folder takes 18.
+_SOCKET_FOLDER = 80
+
+
+def _make_socket_folder() -> None:
+    """Has multiprocessing, here and in the ranks, keep its sockets in /tmp if TMPDIR is too long for them.
+    UserError if it can be kept in neither."""
+    old = tempfile.tempdir
+    try:
+        long = len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678") > _SOCKET_FOLDER
+        if long and os.path.isdir("/tmp"):
+            tempfile.tempdir = "/tmp"
+        get_temp_dir()  # made once per process
+    except OSError as error:
+        where = "in " + tempfile.tempdir if tempfile.tempdir else "for temporary files"
+        raise UserError(
+            f"cannot make a folder {where} ({error.strerror}): set TMPDIR to a short path that can be written"
+        ) from None
     finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
+        tempfile.tempdir = old
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Variables for the processes that are started inside."""
+    old = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -82,6 +124,8 @@ def run_rank(function: str, *args: object) -> None:
 def _become_rank() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     unblock_sigint()
+    if os.environ.get("PYTHONSAFEPATH") == _SERVERS_OWN:
+        del os.environ["PYTHONSAFEPATH"]
     agent = multiprocessing.parent_process()
     if agent is not None:
         threading.Thread(target=_stop_after, args=(agent.sentinel,), name="agent", daemon=True).start()
