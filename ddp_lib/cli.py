@@ -1,6 +1,8 @@
 """Command lines from dataclasses: their docstrings are the help, and errors are one line."""
 
 import io
+import os
+import sys
 from contextlib import redirect_stderr
 from itertools import pairwise, takewhile
 from typing import Any
@@ -13,9 +15,10 @@ from ddp_lib.errors import UserError
 def parse(dataclass: Any, argv: list[str] | None, prog: str) -> Any:
     """An instance of the dataclass `dataclass` (or a tuple of instances) from command-line arguments.
 
-    argv: None means the arguments of this process. Raises UserError if a flag or value is wrong, and
-    SystemExit(0) after `--help` has printed the help.
+    argv: None means the arguments of this process. A ~ that begins a value is this user's home. Raises
+    UserError if a flag or value is wrong, and SystemExit(0) after `--help` has printed the help.
     """
+    argv = [_expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     stderr = io.StringIO()
     try:
@@ -25,6 +28,15 @@ def parse(dataclass: Any, argv: list[str] | None, prog: str) -> Any:
         if not exit_request.code:
             raise
         raise UserError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
+
+
+def _expand_home(word: str) -> str:
+    """The word as a shell would give it: no shell expands --flag=~/x, and a job file has no shell."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"{word}: {path.partition('/')[0]} is no home directory here: write the path in full")
+    return flag + equals + path
 
 
 def _one_line(box: str) -> str:

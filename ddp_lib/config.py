@@ -9,9 +9,10 @@ from ddp_lib.errors import UserError, require_seconds
 
 # Fields that may differ between the machines of a run: paths and timeouts. Data is compared by its content.
 PER_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
-# Fields that may differ when a run is resumed: they do not change what is computed.
+# Fields that may differ when a run is resumed: they do not change what is computed. Data is compared by its
+# content.
 FREE_ON_RESUME = frozenset(
-    "epochs run_dir data_dir resume backend checkpoint_every_s"
+    "epochs run_dir data data_dir resume backend checkpoint_every_s"
     " join_timeout_s timeout_s data_timeout_s".split()
 )
 

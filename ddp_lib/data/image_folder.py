@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -70,9 +71,12 @@ def find_images(
         raise UserError(f"cannot read {error.filename} ({error.strerror}): repair or remove it") from None
     if broken:
         raise _unreadable(broken)
+    alone = sorted(set(names["train"]) ^ set(names["test"]))
+    # One name in two Unicode forms, as macOS and Linux write it, looks equal.
+    two_forms = len({normalize("NFC", name) for name in alone}) < len(alone)
     differences = [
-        f"{name!r} only in {'train' if name in names['train'] else 'test'}"
-        for name in sorted(set(names["train"]) ^ set(names["test"]))
+        f"{ascii(name) if two_forms else repr(name)} only in {'train' if name in names['train'] else 'test'}"
+        for name in alone
     ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
@@ -88,7 +92,16 @@ def find_images(
         log(f"data: passed over in {root}: {_in_words(passed_over)}")
     key = f"folder-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     key += f"-{side}" if side != 32 else ""  # caches of 32 pixels are older than other sizes
-    return key, listing.hexdigest(), partial(_decode_all, root, side, tuple(names["train"]), files, log)
+    return (
+        key,
+        listing.hexdigest(),
+        partial(_decode_all, root, side, tuple(map(_text, names["train"])), files, log),
+    )
+
+
+def _text(name: str) -> str:
+    """The name in UTF-8, the same on machines with other locales."""
+    return os.fsencode(name).decode(errors="surrogateescape")
 
 
 def _images_in(folder: Path, broken: dict[str, str], passed_over: Counter[str]) -> list[os.DirEntry[str]]:

@@ -4,8 +4,9 @@ import os
 import shlex
 
 from ddp_lib.config import TrainConfig
-from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address
+from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address, require_interfaces
 from ddp_lib.distributed.device import thread_budget
+from ddp_lib.errors import TransientError
 from ddp_lib.launch.options import Launch, count_ranks
 
 
@@ -26,6 +27,13 @@ def plain_command(launch: Launch, target: list[str], join_timeout_s: float) -> s
     if endpoint is None:
         words += ["--standalone"]
     else:
+        require_interfaces()
+        address = own_address(endpoint, False)
+        if not address:
+            raise TransientError(
+                f"{endpoint.host_name} does not resolve here, or there is no route to it: check the name, or "
+                "give an address"
+            )
         name_interface(endpoint, False, environment)
         if launch.node_rank is not None:
             words += f"--node-rank {launch.node_rank} --master-addr {endpoint.host}".split()
@@ -35,7 +43,7 @@ def plain_command(launch: Launch, target: list[str], join_timeout_s: float) -> s
             conf = f"is_host={int(is_here(endpoint))},join_timeout={seconds},read_timeout={seconds}"
             where = join_host(endpoint.host, endpoint.port)
             words += f"--rdzv-backend c10d --rdzv-endpoint {where} --rdzv-id {launch.job}".split()
-            words += ["--rdzv-conf", conf, "--local-addr", own_address(endpoint, False)]
+            words += ["--rdzv-conf", conf, "--local-addr", address]
     settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
     return " ".join([*settings, shlex.join(words + target)])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_lib.errors import UserError
-from ddp_lib.run_dir.log import read_events, read_run
+from ddp_lib.run_dir.log import name_disk_errors, read_events, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,11 +33,17 @@ def rank_style(rank: int) -> tuple[str, LineStyle]:
 
 def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     """Draws the run in `folder` to the file `out` (default: `folder`/loss.png) and returns its path. The
-    suffix of `out` chooses the format (.png, .svg, .pdf). UserError if there is no log, or no step in it."""
+    suffix of `out` chooses the format (.png, .svg, .pdf). UserError if there is no log, no step in it, or
+    `out` cannot be written."""
     figure = draw_run(folder)
     path = Path(folder) / "loss.png" if out is None else Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise UserError(f"--out {str(path)!r} has the suffix {path.suffix!r}: give one of {known}")
+    with name_disk_errors(path, "or name another --out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
     return path
 
 
