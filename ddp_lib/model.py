@@ -65,8 +65,8 @@ class SimpleModel(nn.Module):
 def build_model(spec: str, num_classes: int) -> nn.Module:
     """The model that `package.module:callable` returns when it is called with num_classes=...
 
-    The working directory is searched last. UserError if the callable cannot be found, has no such parameter, or
-    returns no torch.nn.Module with a parameter to train. What the reader's code raises is not caught.
+    The working directory is searched last. UserError if the callable cannot be found, has no such parameter,
+    or returns no torch.nn.Module with a parameter to train. What the reader's code raises is not caught.
     """
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:

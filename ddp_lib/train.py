@@ -41,7 +41,7 @@ from ddp_lib.training.ddp import (
     weights_sha256,
     wrap,
 )
-from ddp_lib.training.evaluate import evaluate
+from ddp_lib.training.evaluate import Evaluation, evaluate
 from ddp_lib.training.metrics import EpochMetrics
 from ddp_lib.training.optim import autocast, make_optimizer, micro_batches, pick_precision, set_learning_rate
 from ddp_lib.training.progress import Progress
@@ -89,6 +89,8 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "epoch": step // len(sampler),
+                "train_loss": train_loss,  # of the last epoch that has ended
+                "images_per_s": images_per_s,
                 "config": asdict(config),
                 "source": source,
                 "versions": world.versions,
@@ -118,13 +120,28 @@ def fit(
                     )
                 raise Stopped(128 + signal)
 
+        def test() -> Evaluation:
+            """Tests and reports the epoch of `metrics`, which has ended."""
+            evaluation = evaluate(model, data, world)
+            metrics.report(step, train_loss, images_per_s, evaluation)
+            run.checkpoint.sync_logs()
+            return evaluation
+
         log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
         first_step = step
         may_exit = blame_model(config.model, "ended the training; the last checkpoint stands", ())
         with log, closing(progress), may_pass_once(lambda: step > first_step), may_exit:
             stop.deferred = True  # from here on, a signal takes effect after the current step
             log.start(step=step, precision=precision, torch=torch.__version__, **world.describe())
-            train_loss = images_per_s = evaluation = None
+            resumed, ended = run.resumed or {}, step // len(sampler) - 1
+            train_loss: Any = resumed.get("train_loss")
+            images_per_s: Any = resumed.get("images_per_s")
+            evaluation = None
+            between = train_loss is not None and step % len(sampler) == 0
+            if between and world.max(world.is_main and not log.has_epoch(ended)):
+                # It was killed after that epoch's checkpoint and before its test.
+                metrics = EpochMetrics(ended, config.global_batch_size, world, log, progress)
+                evaluation = test()
             for epoch in range(step // len(sampler), config.epochs):
                 model.train()
                 sampler.set_epoch(epoch, start_step=step % len(sampler))
@@ -159,9 +176,7 @@ def fit(
                 train_loss, images_per_s = metrics.totals()
                 check_replicas(model, world)
                 save()
-                evaluation = evaluate(model, data, world)
-                metrics.report(step, train_loss, images_per_s, evaluation)
-                run.checkpoint.sync_logs()
+                evaluation = test()
             # None if the run was killed between its last checkpoint and its results.
             evaluation = evaluation or evaluate(model, data, world)
             summary = {

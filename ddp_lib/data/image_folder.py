@@ -85,7 +85,8 @@ def find_images(
             "give both the same folders"
         )
     if len(names["train"]) < 2:
-        raise UserError(f"{root}/train holds {len(names['train'])} class folders: a classifier needs two")
+        held = f"only the class folder {names['train'][0]!r}" if names["train"] else "no class folder"
+        raise UserError(f"{root}/train holds {held}: a classifier needs two or more")
     if folders["test"].name != "test":
         log(f"data: {root} has no classes in test/: testing on {folders['test'].name}/")
     if passed_over:

@@ -14,6 +14,9 @@ from ddp_lib.errors import UserError, require_seconds
 
 _MOST_NODES, _MOST_RESTARTS = 100_000, 1_000_000
 
+# A flag without a value. tyro would call it repeatable in the help.
+Switch = Annotated[int, tyro.conf.UseCounterAction, tyro.conf.arg(help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class LaunchOptions:
@@ -36,9 +39,9 @@ class LaunchOptions:
     """How many times to start the ranks again after one has failed. They resume if the program does so."""
     grace_s: float = 30.0
     """Seconds that the ranks have after SIGTERM or Ctrl-C to save and end."""
-    no_check: Annotated[int, tyro.conf.UseCounterAction] = 0
+    no_check: Switch = 0
     """Do not compare the machines, nor try their connections, before the ranks start."""
-    dry_run: Annotated[int, tyro.conf.UseCounterAction] = 0
+    dry_run: Switch = 0
     """Print the nearest torchrun command for this machine, with its environment; start nothing."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from traceback import FrameSummary
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, LogsSpecs
@@ -33,10 +34,12 @@ def _say_start(env: dict[str, str], starts: int, local: tuple[int, int] | None) 
 
 
 class NoLogs(DefaultLogsSpecs):
-    """The ranks write to the launcher's own output. local: as in RankLogs."""
+    """The ranks write to the launcher's own output. torch's folder for their error files is removed when the
+    launcher ends. local: as in RankLogs."""
 
     def __init__(self, local: tuple[int, int] | None) -> None:
-        super().__init__()
+        self._folder = TemporaryDirectory(prefix="ddp-launch-", ignore_cleanup_errors=True)
+        super().__init__(self._folder.name)
         self.local, self.starts = local, 0
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:

@@ -6,6 +6,7 @@ host's ranks come first: rank 0 is on the master.
 """
 
 from datetime import timedelta
+from ipaddress import ip_address
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -43,6 +44,11 @@ class Rendezvous(DynamicRendezvousHandler):
         self._op_executor.run(_RendezvousExitOp(), self._get_deadline(timedelta(seconds=_LEAVE_S)))
 
 
+def _sort_key(address: str) -> str:
+    """As text in the order of the numbers: 10.0.0.9 before 10.0.0.10."""
+    return f"{ip_address(address).packed.hex()} {address}" if address else ""
+
+
 def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, str, Peers]:
     """Hosts the store or reaches it, and announces this machine; UserError if that fails.
 
@@ -73,7 +79,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
         store,
         ArrivalTimes(C10dRendezvousBackend(store, launch.job), last_call),
         *launch.nodes,
-        local_addr=f"{first:06d} {address}",  # torch sorts the machines by it
+        local_addr=f"{first:06d} {_sort_key(address)}",  # torch sorts the machines by it
         timeout=RendezvousTimeout(timedelta(seconds=join_timeout_s), last_call),
     )
     peers = Peers(dist.PrefixStore(f"ddp_lib/peers/{launch.job}", store), launch, address, hosts)

@@ -100,6 +100,11 @@ class RunLog(AbstractContextManager["RunLog"]):
         self.write(event="epoch", epoch=epoch, step=step, **results, time=time.time())
         self.start_timer()
 
+    def has_epoch(self, epoch: int) -> bool:
+        """Whether the end of this epoch, from 0, is in the log."""
+        lines = _lines(self.path) if self.path.exists() else ()
+        return any(line.get("event") == "epoch" and line.get("epoch") == epoch for line in lines)
+
     def start_timer(self) -> None:
         """After a pause, such as a validation: the next step's step_s counts from here."""
         self._stepped_s = time.perf_counter()

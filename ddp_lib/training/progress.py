@@ -11,6 +11,8 @@ from ddp_lib.distributed.world import World
 # Without a terminal: the most lines per epoch, and the fewest seconds between them.
 _LINES_PER_EPOCH = 10
 _LINE_EVERY_S = 2.0
+# What a narrow terminal cuts off matters least. tqdm's own would leave the bar a single character.
+_BAR = "{desc}|{bar:10}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 
 
 @dataclass
@@ -28,16 +30,15 @@ class Progress:
         if self.world.local_rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            return tqdm(total=self.steps_per_epoch, unit="batch", dynamic_ncols=True)
+            # leave: a full bar below the line "done" would say nothing.
+            return tqdm(total=self.steps_per_epoch, dynamic_ncols=True, leave=False, bar_format=_BAR)
         return None
 
     def say(self, text: str) -> None:
-        """Prints a line of this rank, above the bar if there is one."""
-        text = f"[rank {self.world.rank}] {text}"
+        """Prints a line of this rank, in place of the bar, which the next step shows again."""
         if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+            self.bar.clear()
+        print(f"[rank {self.world.rank}] {text}", flush=True)
 
     def step(self, epoch: int, step: int, loss: float, images_per_s: float) -> None:
         """epoch: from 0; step: through all epochs, from 0; images_per_s: over all ranks."""
@@ -45,6 +46,8 @@ class Progress:
             return
         batch = step % self.steps_per_epoch + 1
         if self.bar is not None:
+            if batch < self.bar.n:
+                self.bar.reset()
             self.bar.n = batch
             self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:,.0f} images/s", refresh=False)

@@ -211,7 +211,9 @@ def test_folder_of_one_class_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split / "only").mkdir(parents=True)
         flat(1, "L").save(tmp_path / split / "only" / "0.png")
-    assert "a classifier needs two" in refusal(str(tmp_path), tmp_path / "data")
+    assert "holds only the class folder 'only': a classifier needs two" in refusal(
+        str(tmp_path), tmp_path / "data"
+    )
 
 
 def test_images_of_a_folder_may_have_another_size(tmp_path: Path) -> None:

@@ -99,3 +99,10 @@ def test_pet_variables_stand_behind_flags():
         read_launch(LaunchOptions(), {"PET_NNODES": "two"})
     with pytest.raises(UserError, match=r"^PET_NODE_RANK is 4"):
         read_launch(LaunchOptions(), {**pet, "PET_NODE_RANK": "4"})
+
+
+def test_a_switch_is_not_called_repeatable(capsys):
+    with pytest.raises(SystemExit):
+        launch.train(["--help"])
+    text = capsys.readouterr().out
+    assert "--dry-run" in text and "repeatable" not in text

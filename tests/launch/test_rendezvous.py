@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from ddp_lib.launch.rendezvous import _sort_key
 from tests.lab.processes import TRAIN, clean_environment, end
 
 
@@ -33,3 +34,9 @@ def test_an_endpoint_that_is_no_rendezvous_is_named(started, tmp_path, endpoint,
     assert len(err) == 1 and err[0].startswith("ddp-launch: error: ")
     assert named in err[0] and endpoint.rpartition(":")[0] in err[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_machines_are_numbered_in_the_order_of_their_addresses():
+    for first, second in (("10.0.0.9", "10.0.0.10"), ("10.0.0.10", "10.0.0.100"), ("fd77::9", "fd77::10")):
+        assert _sort_key(first) < _sort_key(second)
+    assert _sort_key("") == ""

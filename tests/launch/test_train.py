@@ -12,7 +12,8 @@ from tests.lab.project import ROOT
 
 @pytest.mark.ranks
 def test_a_training_is_stopped_resumed_and_finished(started, images_folder, shared_cache, tmp_path):
-    folder = tmp_path / "run"
+    folder, temporary = tmp_path / "run", tmp_path / "tmp"
+    temporary.mkdir()
     command = [
         *TRAIN, "--nproc-per-node", "2", "--run-dir", str(folder),
         "--data", str(images_folder), "--data-dir", shared_cache,
@@ -26,7 +27,7 @@ def test_a_training_is_stopped_resumed_and_finished(started, images_folder, shar
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=clean_environment(),
+            env=clean_environment() | {"TMPDIR": str(temporary)},
         )
         started.append(process)
         return process
@@ -44,3 +45,5 @@ def test_a_training_is_stopped_resumed_and_finished(started, images_folder, shar
     assert (status, err) == (0, [])
     starts = [line for line in map(json.loads, log.read_text().splitlines()) if "start" in line]
     assert [line["step"] for line in starts] == [0, last["step"]]
+    left = [path.name for path in temporary.iterdir() if "inductor" not in path.name]  # torch.compile's cache
+    assert left == []

@@ -85,3 +85,26 @@ def test_finished_then_more_epochs(tmp_path, images_folder, shared_cache):
     assert run_ranks(train, 2, more, timeout_s=TIMEOUT_S)[0]["steps"] == 6
     assert read_run(tmp_path)["step"].max() == 5
     assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 2
+
+
+def test_killed_between_an_epochs_checkpoint_and_its_test(tmp_path, images_folder, shared_cache):
+    """The test's line and the last epoch's loss are written at the next start."""
+
+    def lose_the_test(epoch: int) -> list:
+        """Leaves what such a kill leaves; returns the lost line."""
+        (tmp_path / "summary.json").unlink(missing_ok=True)
+        log = tmp_path / "rank0.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        lost = [
+            n for n, line in enumerate(lines) if '"event": "epoch"' in line and f'"epoch": {epoch}' in line
+        ]
+        log.write_text("".join(lines[: lost[0]]))
+        return [json.loads(lines[lost[0]])[name] for name in ("epoch", "test_accuracy", "train_loss")]
+
+    settings = config(tmp_path, images_folder, shared_cache)
+    whole = run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)[0]
+    lost = lose_the_test(1)
+    again = run_ranks(train, 2, settings, timeout_s=TIMEOUT_S)[0]
+    assert again == whole
+    assert lose_the_test(1) == lost
+    assert lost[-1] is not None
