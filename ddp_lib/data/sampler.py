@@ -11,6 +11,16 @@ from torch.utils.data import Dataset
 from ddp_lib.errors import UserError
 
 
+class Indices(torch.Tensor):
+    """An int64 tensor of sample numbers. Iterated over, as a DataLoader does, it gives plain ints: a 0-d
+    tensor is no key for pandas and dicts. What torch computes from it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.tolist())
+
+
 def batch_share(global_batch_size: int, world_size: int, rank: int = 0, micro_batches: int = 1) -> int:
     """Images of `rank` per step: the ranks' shares are equal, or differ by one. UserError if the global batch
     has less than one image for each micro-batch of each rank."""
@@ -34,8 +44,7 @@ class TrainSampler:
     the number of ranks, the first ranks get one sample more: multiply each rank's mean loss by
     len(batch) * world_size / global_batch_size.
 
-    with_epoch: yields lists of (epoch, index), for a SeededDataset in a DataLoader. Without it the indices
-    are tensors, which some data sets do not take as keys.
+    with_epoch: yields lists of (epoch, index), for a SeededDataset in a DataLoader.
 
     UserError if n is less than one global batch, or a rank would get no sample.
     """
@@ -71,13 +80,14 @@ class TrainSampler:
         return self.n // self.global_batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields int64 tensors of `batch_share` sample indices, or lists if with_epoch."""
+        """Yields `Indices`, `batch_share` of them, or lists if with_epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         permutation = torch.randperm(self.n, generator=generator)
         for step in range(self.start_step, len(self)):
             first = step * self.global_batch_size
             share = permutation[first + self.rank : first + self.global_batch_size : self.world_size]
-            yield [(self.epoch, index) for index in share.tolist()] if self.with_epoch else share
+            indices = share.as_subclass(Indices)
+            yield [(self.epoch, index) for index in indices] if self.with_epoch else indices
 
 
 class SeededDataset(Dataset[Any]):
@@ -110,7 +120,7 @@ class SeededDataset(Dataset[Any]):
                 np.random.set_state(before[1])
 
 
-def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[torch.Tensor]:
+def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Indices]:
     """One rank's batches of indices; all ranks together cover 0..n-1 exactly once, without padding.
 
     The data is cut into chunks of `batch_size` (the last may be shorter), and chunk j goes to rank
@@ -119,4 +129,4 @@ def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) ->
     collective inside a loop over them.
     """
     for first in range(rank * batch_size, n, world_size * batch_size):
-        yield torch.arange(first, min(first + batch_size, n))
+        yield torch.arange(first, min(first + batch_size, n)).as_subclass(Indices)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 # with its first model, they would keep the group's threads alive after `leave`.
 import torch.distributed.nn.functional
 
+from ddp_lib.distributed.addresses import own_addresses
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import choose_backend, pick_device, thread_budget
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
@@ -35,7 +36,8 @@ from ddp_lib.errors import (
 
 @dataclass(frozen=True)
 class World(RankEnv):
-    """This process among the ranks, on its device. `World()` is a single rank without a process group.
+    """This process among the ranks, on its device. `World()` is a single rank without a process group;
+    `World.join()` gives a single rank a group of its own, which DistributedDataParallel asks for.
 
     with World.join() as world:
         ...   # world.rank, world.world_size, world.device
@@ -46,6 +48,7 @@ class World(RankEnv):
     store_group: StoreGroup = field(default_factory=StoreGroup, repr=False, compare=False)
     timeout_s: float = field(default=120.0, repr=False, compare=False)
     versions: dict[str, str] = field(default_factory=versions, repr=False, compare=False)
+    group_of_one: bool = field(default=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +90,7 @@ class World(RankEnv):
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
         backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())
         if rank_env.world_size == 1:
-            group, backend, how = StoreGroup(), "none", "no process group"
+            group, backend, how = StoreGroup(), "none", "alone"
         else:
             try:
                 group = open_store(rank_env, env, join_timeout_s)
@@ -100,9 +103,18 @@ class World(RankEnv):
                 raise
             how = f"backend {backend} ({reason})"
         device = pick_device(backend, rank_env.local_rank)
-        world = cls(**vars(rank_env), device=device, backend=backend, store_group=group, timeout_s=timeout_s)
+        world = cls(
+            **vars(rank_env),
+            device=device,
+            backend=backend,
+            store_group=group,
+            timeout_s=timeout_s,
+            group_of_one=rank_env.world_size == 1 and not dist.is_initialized(),
+        )
         if world.world_size > 1:
             world._init_process_group()
+        elif world.group_of_one:
+            world._init_group_of_one()
         if log is not None or world.is_main:
             (log or world.say)(
                 f"{world.world_size} rank(s); rank {world.rank} on {socket.gethostname()}: {how}, "
@@ -135,6 +147,22 @@ class World(RankEnv):
                 f"({first_line(error)}): open all ports between the machines, and set "
                 "GLOO_SOCKET_IFNAME to the interface that joins them"
             ) from error
+
+    def _init_group_of_one(self) -> None:
+        """Nothing here needs it, so if it cannot be made, this rank goes on without it."""
+        with_gpu = self.device.type == "cuda" and dist.is_nccl_available()
+        named = os.environ.get("GLOO_SOCKET_IFNAME")
+        if loopback := own_addresses().get("127.0.0.1"):  # else gloo looks up the machine's own name
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        try:
+            backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        except (RuntimeError, ValueError):
+            pass
+        finally:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+            if named is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = named
 
     def say(self, text: str, every_node: bool = False) -> None:
         """Prints a line of rank 0, or of each machine's first rank."""
@@ -170,7 +198,7 @@ class World(RankEnv):
         may hang (PyTorch issue 75097). After twice timeout_s, when the last collective has timed out, the
         process prints a traceback and exits with status 1.
         """
-        if self.world_size == 1 or not dist.is_initialized():
+        if not (self.world_size > 1 or self.group_of_one) or not dist.is_initialized():
             return
         # Runs in a C thread: the stuck code may hold the GIL.
         faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=2)

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from traceback import FrameSummary
 
 from ddp_lib.errors import PEER_GONE
@@ -25,6 +27,23 @@ class RankError(RuntimeError):
     def _render_traceback_(self) -> list[str]:
         """For IPython: only the error, because the notebook's own stack would not help the reader."""
         return [f"RankError: {self}"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The kernel's interrupt: ranks and commands have been ended."""
+
+    def _render_traceback_(self) -> list[str]:
+        """For IPython: where this process waited for them says nothing."""
+        return [f"KeyboardInterrupt: {self}"]
+
+
+@contextmanager
+def interrupt_in_one_line(what: str) -> Iterator[None]:
+    """A KeyboardInterrupt that leaves the block is one line in a notebook. what: "the ranks have"."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"{what} been ended") from None
 
 
 def exception_error(

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from ddp_lib.errors import UserError
+from ddp_lib.notebook.errors import interrupt_in_one_line
 
 # Between SIGTERM and SIGKILL; longer than a launcher needs to end its ranks.
 _GRACE_S = 8.0
@@ -32,6 +33,7 @@ class NodeResult:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
+@interrupt_in_one_line("the commands have")
 def run_nodes(
     command: list[str],
     nnodes: int = 2,

@@ -12,6 +12,7 @@ from typing import Any
 import cloudpickle
 
 from ddp_lib.errors import UserError, require_seconds
+from ddp_lib.notebook.errors import interrupt_in_one_line
 from ddp_lib.notebook.rank_pool import RankPool
 from ddp_lib.processes.exit_status import require_working_directory
 from ddp_lib.processes.forkserver import start_server
@@ -20,6 +21,7 @@ from ddp_lib.processes.forkserver import start_server
 PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 
 
+@interrupt_in_one_line("the ranks have")
 def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Runs `fn(*args)` on `nproc` ranks of this machine; returns their results in rank order.
 

@@ -17,7 +17,12 @@ from typing import Any
 
 import cloudpickle
 
-from ddp_lib.processes.forkserver import collect_garbage, set_threads, unblock_sigint
+from ddp_lib.processes.forkserver import (
+    collect_garbage,
+    restore_start_method,
+    set_threads,
+    unblock_sigint,
+)
 
 
 def host_store(connection: Connection) -> None:
@@ -53,6 +58,7 @@ def run_rank(
     import torch.distributed as dist
 
     collect_garbage()
+    restore_start_method()
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads
     set_threads()
     try:

@@ -134,6 +134,7 @@ def _become_rank() -> None:
             stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
     faulthandler.disable()  # torch's agent enables it; here a death by signal is one line
     set_threads()
+    restore_start_method()
     collect_garbage()
     from torch.multiprocessing import _set_thread_name
 
@@ -144,6 +145,12 @@ def _stop_after(sentinel: int) -> None:
     """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed)."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def restore_start_method() -> None:
+    """In the fork: processes that it starts, such as a DataLoader's workers, get the platform's default start
+    method, as in a rank of torchrun. Else they would come from a fork server of the fork's own."""
+    multiprocessing.set_start_method(None, force=True)
 
 
 def collect_garbage() -> None:

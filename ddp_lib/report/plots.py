@@ -3,6 +3,8 @@
 Figures are made without pyplot, so no global state changes and no window opens.
 """
 
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,8 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def draw_run(folder: str | Path) -> "Figure":
-    """The figure that `plot_run` saves: three panels, one above the other. Raises as `plot_run`."""
+    """The figure that `plot_run` saves: three panels, one above the other. A notebook shows it, also without
+    `%matplotlib inline`. Raises as `plot_run`."""
     from matplotlib.figure import Figure
 
     log, events = read_run(folder), read_events(folder)
@@ -66,7 +69,14 @@ def draw_run(folder: str | Path) -> "Figure":
     ranks = f"{len(by_rank)} rank{'s' if len(by_rank) > 1 else ''}"
     figure.suptitle(f"{Path(folder).resolve().name}: {ranks}, {steps:,} steps")
     _legend(figure, loss)
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]  # what IPython asks for
     return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    picture = BytesIO()
+    figure.savefig(picture, format="png", bbox_inches="tight")
+    return picture.getvalue()
 
 
 def global_mean(log: "pd.DataFrame") -> "pd.Series":

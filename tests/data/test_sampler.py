@@ -88,6 +88,14 @@ def test_is_a_batch_sampler_for_a_data_loader() -> None:
     assert [x.tolist() for (x,) in loader] == [batch.tolist() for batch in sampler]
 
 
+@pytest.mark.parametrize("batches", [TrainSampler(20, 8), list(eval_batches(20, 8))], ids=["train", "eval"])
+def test_a_data_loader_reads_plain_ints(batches) -> None:
+    by_number = {n: n for n in range(20)}  # a tensor is no key of it
+    assert [x.tolist() for x in DataLoader(by_number, batch_sampler=batches)] == [b.tolist() for b in batches]
+    (first, *_) = batches
+    assert type(torch.cat([first, first])) is type(first + 0) is torch.Tensor
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 24, 25, 26, 1000])
 @pytest.mark.parametrize("batch_size", [1, 5, 25, 1001])
 def test_evaluation_is_exact_on_any_number_of_ranks(n: int, batch_size: int) -> None:

@@ -22,6 +22,18 @@ def test_alone_needs_no_group():
         compare(world, "data", {"a": 1}, "cure", 1)
 
 
+def test_alone_has_a_group_for_ddp():
+    """And leaves no other's: World() and a second join have none of their own."""
+    with World.join(environ={}), World.join(environ={}), World():
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+        model(torch.ones(1, 2)).sum().backward()
+        with World.join(environ={}):
+            pass
+        assert torch.distributed.get_world_size() == 1
+        del model
+    assert not torch.distributed.is_initialized()
+
+
 STUCK = """
 import gc, time
 gc.collect = lambda: None  # on a busy machine it may take longer than this timeout

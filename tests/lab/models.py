@@ -104,7 +104,9 @@ class Gated(Lively):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and "GATE" in os.environ:
             # The first call is the throw-away pass that builds DDP's buckets.
-            self.calls = getattr(self, "calls", -1 if dist.is_initialized() else 0) + 1
+            self.calls = (
+                getattr(self, "calls", -1 if dist.is_initialized() and dist.get_world_size() > 1 else 0) + 1
+            )
             size = os.environ["WORLD_SIZE"]
             if self.calls - 1 == int(os.environ.get(f"GATE_STEP_{size}", "-2")):
                 self.wait(Path(os.environ["GATE"]), size)

@@ -45,7 +45,8 @@ def forever():
 
 try:
     run_ranks(forever, 2, timeout_s=300)
-except KeyboardInterrupt:
+except KeyboardInterrupt as error:
+    print(error._render_traceback_())
     import psutil
     left = [p for p in psutil.Process().children(recursive=True) if "forkserver" not in " ".join(p.cmdline())]
     left = [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
@@ -67,5 +68,6 @@ def test_an_interrupt_or_the_death_of_the_kernel_leaves_no_rank(tmp_path, how):
     rest, _ = process.communicate(timeout=TIMEOUT_S)
     if how == signal.SIGINT:
         assert process.returncode == 130 and "interrupted, left: 0" in rest
+        assert "['KeyboardInterrupt: the ranks have been ended']" in rest
     _, alive = psutil.wait_procs(family, timeout=TIMEOUT_S)
     assert alive == []

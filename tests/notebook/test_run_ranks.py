@@ -1,5 +1,6 @@
 """run_ranks: ranks from a cell, their environment, results and output."""
 
+import multiprocessing
 import os
 import sys
 
@@ -105,3 +106,24 @@ def test_spawn_serves_where_there_is_no_fork_server(monkeypatch):
     monkeypatch.setattr(local_ranks, "context", spawn)
     monkeypatch.setattr(forkserver, "context", spawn)
     assert [r.tolist() for r in run_ranks(summed, 2, 1.0, timeout_s=TIMEOUT_S)] == [[1.0, 1.0]] * 2
+
+
+def test_ranks_have_the_platforms_start_method():
+    """A DataLoader's workers are forks, if that is the default: data sets of a cell need no pickle."""
+
+    class Numbers:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return index
+
+    def load():
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(Numbers(), batch_size=2, num_workers=1)
+        return multiprocessing.get_start_method(), [batch.tolist() for batch in loader]
+
+    ((method, batches),) = run_ranks(load, 1, timeout_s=TIMEOUT_S)
+    assert method == multiprocessing.get_all_start_methods()[0]  # the first is the default
+    assert batches == [[0, 1], [2, 3]]

@@ -46,6 +46,12 @@ def test_a_picture_in_the_folder_or_where_asked(tmp_path):
     assert plot_run(str(tmp_path), str(other)) == other and "<svg" in other.read_text()
 
 
+def test_a_notebook_shows_the_figure_without_matplotlibs_magic(tmp_path):
+    from IPython.core.formatters import PNGFormatter
+
+    assert PNGFormatter()(draw_run(write_run(tmp_path))).startswith(b"\x89PNG")
+
+
 def test_what_the_panels_show(tmp_path):
     loss, accuracy, speed = draw_run(write_run(tmp_path, epochs=3)).axes
     for axes in (loss, accuracy, speed):
