@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_lib.errors import UserError
@@ -11,9 +14,31 @@ if TYPE_CHECKING:  # loaded only if a device is asked for: the launcher counts c
     import torch
 
 
-def usable_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(root: Path = Path("/")) -> int:
+    """The number of cores that this process may use: of its affinity, and whole ones of its container's quota
+    (docker run --cpus), at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([cores, *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's control group and of those around it (cgroup v2 or v1)."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                top, names = root / "sys/fs/cgroup", ["cpu.max"]
+            elif "cpu" in controllers.split(","):
+                top, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            else:
+                continue
+            # A container may see its own group as the top one, under another path than it has on the host.
+            group = top / path.strip("/")
+            for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+                with suppress(OSError, ValueError):  # no such group here; "max": no quota
+                    quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                    if quota > 0 and period > 0:  # -1: no quota
+                        yield quota / period
 
 
 def thread_budget(local_world_size: int) -> int:
