@@ -29,6 +29,7 @@ from ddp_lib.errors import TransientError
 from ddp_lib.launch.failure import RankFailure, cause_of, drop_half_written, name_log
 from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.stacks import absent_ranks
+from ddp_lib.processes.signals import stop_signals
 
 # When a rank has failed, the others of its machine have so long to end; a frozen or blocked one is then
 # killed. A rank that is just leaving may take so long.
@@ -59,6 +60,9 @@ class Agent(LocalElasticAgent):
         """
         stopped, grace_s = sys.exc_info()[1], self.peers.launch.grace_s
         deadline = time.monotonic() + grace_s
+        if isinstance(stopped, SignalException):
+            for number in stop_signals():  # a further one must not cut the wait short; StopSignal counts it
+                signal.signal(number, lambda *_: None)
         self._signal(death_sig)
         if isinstance(stopped, SignalException):
             self.peers.publish_signal(128 + int(stopped.sigval))

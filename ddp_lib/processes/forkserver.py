@@ -128,7 +128,10 @@ def _become_rank() -> None:
         del os.environ["PYTHONSAFEPATH"]
     agent = multiprocessing.parent_process()
     if agent is not None:
-        threading.Thread(target=_stop_after, args=(agent.sentinel,), name="agent", daemon=True).start()
+        terminals = [file for file in (1, 2) if os.isatty(file)]
+        threading.Thread(
+            target=_stop_after, args=(agent.sentinel, terminals), name="agent", daemon=True
+        ).start()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
@@ -141,9 +144,13 @@ def _become_rank() -> None:
     _set_thread_name(f"ddp-rank{os.environ['RANK']}")  # for ps, top and pkill
 
 
-def _stop_after(sentinel: int) -> None:
-    """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed)."""
+def _stop_after(sentinel: int, terminals: list[int]) -> None:
+    """Sends this rank SIGTERM when the ddp-launch that started it is gone (killed). Its terminal may be gone
+    too: what this rank prints while it saves must not fail. terminals: files that lead there."""
     wait([sentinel])
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in terminals:
+        os.dup2(nowhere, file)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal: all ranks stop together, soon and cleanly."""
 
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,9 @@ _relayed: list[int] = []  # signals that this process has sent itself
 # it had started the ranks before.
 AGENT, GRACE, STARTS = "DDP_LIB_AGENT", "DDP_LIB_GRACE_S", "DDP_LIB_STARTS"
 _GRACE_S = 30.0
+# A person's second Ctrl-C comes later than this. A notebook's interrupt of `!ddp-launch` sends Ctrl-C,
+# SIGHUP, SIGINT and SIGKILL within half a second; the ranks then save by themselves.
+AGAIN_S = 1.0
 # Linux's struct ucred: process, user and group id of who wrote to a socket.
 _PID, _CREDENTIALS = struct.Struct("i"), socket.CMSG_SPACE(struct.calcsize("3i"))
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -84,7 +88,7 @@ class StopSignal:
         """Runs in a thread. Python writes each signal's number to the socket as it arrives, even while the
         main thread is inside C++."""
         with self._reader:
-            number, deadline, presses = 0, 0.0, 0
+            number, deadline, presses, pressed_s = 0, 0.0, 0, -math.inf
             while True:
                 try:
                     if number:
@@ -99,7 +103,8 @@ class StopSignal:
                 if received[0] in _SIGNALS and not others:
                     if received[0] in _relayed:
                         _relayed.remove(received[0])
-                    elif received[0] == signal.SIGINT:
+                    elif received[0] == signal.SIGINT and time.monotonic() - pressed_s > AGAIN_S:
+                        pressed_s = time.monotonic()
                         presses += 1  # a second SIGTERM may be the same stop, heard from another machine
                     if self._impatient and presses == 2:
                         break

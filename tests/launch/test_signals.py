@@ -1,15 +1,19 @@
 """Signals to ddp-launch: they reach the ranks, and no rank stays behind."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
+import pexpect
 import psutil
 import pytest
 import torch
 
+from ddp_lib.processes.signals import AGAIN_S
 from tests.lab.agent import ranks
 from tests.lab.processes import (
     TIMEOUT_S,
@@ -69,6 +73,7 @@ def test_a_second_ctrl_c_ends_all_at_once(start, tmp_path):
     both = ranks(tmp_path)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
+    time.sleep(AGAIN_S)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=15)
     assert (process.returncode, err) == (130, "")
@@ -99,25 +104,37 @@ def test_a_signal_before_the_machines_have_joined(started, number):
 
 
 @pytest.mark.ranks
-def test_sigterm_in_a_step_of_6_s_leaves_a_checkpoint_of_that_step(
-    images_folder, shared_cache, started, tmp_path
+@pytest.mark.parametrize("how", ["SIGTERM", "a notebook's interrupt"])
+def test_a_stop_in_a_step_of_6_s_leaves_a_checkpoint_of_that_step(
+    images_folder, shared_cache, started, tmp_path, how
 ):
     flags = ["--nproc-per-node", "2", "--data", str(images_folder), "--data-dir", shared_cache]
     flags += ["--model", "tests.lab.models:SlowStep", "--run-dir", str(tmp_path / "run")]
-    slow = tmp_path / "slow"
-    process = subprocess.Popen(
-        [*TRAIN, *flags, "--global-batch-size", "63", "--checkpoint-every-s", "1000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean_environment() | {"SLOW_STEP": str(slow)},
-    )
-    started.append(process)
-    wait_until(lambda: all(Path(f"{slow}.{rank}").exists() for rank in range(2)))
-    process.terminate()
-    status, out, err = end(process)
-    assert (status, err) == (143, []), out
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    flags += ["--global-batch-size", "63", "--checkpoint-every-s", "1000"]
+    slow, checkpoint = tmp_path / "slow", tmp_path / "run" / "checkpoint.pt"
+    environment = clean_environment() | {"SLOW_STEP": str(slow)}
+
+    def wait_for_step() -> None:
+        wait_until(lambda: all(Path(f"{slow}.{rank}").exists() for rank in range(2)))
+
+    if how == "SIGTERM":
+        process = subprocess.Popen(
+            [*TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        started.append(process)
+        wait_for_step()
+        process.terminate()
+        status, out, err = end(process)
+        assert (status, err) == (143, []), out
+    else:  # of `!ddp-launch train`, as IPython does it
+        child = pexpect.spawn(shlex.join([*TRAIN, *flags]), env=environment)
+        wait_for_step()
+        child.sendline(chr(3))
+        time.sleep(0.2)
+        child.terminate(force=True)
+        child.close()
+        wait_until(checkpoint.exists)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 3
 
 
 @pytest.mark.ranks
