@@ -35,6 +35,38 @@ def require_seconds(name: str, seconds: float) -> None:
         raise UserError(f"{name} is {seconds!r}: give a number of seconds above 0, up to {LONGEST_S}")
 
 
+# Limits of the system or of the user: what Python and torch say when one is reached, and what to do. First
+# stands the errno's own text, as os.strerror and C++ give it.
+_LIMITS = (
+    (("Too many open files",), "too many open files: raise `ulimit -n`, or start fewer ranks or workers"),
+    (
+        ("Resource temporarily unavailable", "can't start new thread"),
+        "no more processes or threads: raise `ulimit -u` or the container's limit of pids, or start fewer "
+        "ranks or workers",
+    ),
+    (
+        ("Cannot allocate memory", "can't allocate memory", "MemoryError", "bad_alloc", "map segment"),
+        "the memory cannot be had: take a smaller batch, fewer ranks or workers, or raise `ulimit -v`",
+    ),
+    (("File too large",), "a file may not be so large: raise `ulimit -f`"),
+    (
+        ("unable to allocate shared memory", "unable to open shared memory", "torch_shm_manager"),
+        "/dev/shm has no room or cannot be written: in a container, give --shm-size 1g",
+    ),
+)
+
+
+def limit_reached(error: BaseException) -> str:
+    """The limit that this exception, or the one it came from, met, and the cure; empty if it is none."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(texts) < 10:
+        texts.append(f"{type(cause).__name__}: {cause}"[:2000])
+        cause = cause.__cause__ or cause.__context__
+    lines = (line for signs, line in _LIMITS for text in texts if any(sign in text for sign in signs))
+    return next(lines, "")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's exception, cut to 160 characters; its type if it is empty."""
     lines = str(error).strip().splitlines()

@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ddp_lib.errors import TransientError
+from ddp_lib.processes.file_lock import file_lock
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
@@ -34,13 +35,13 @@ class RawDataset:
 def cache_lock(cache: Path, timeout_s: float, log: Callable[[str], None]) -> AbstractContextManager[object]:
     """Holds the cache's file lock, which the system releases even if the process is killed. UserError if
     another process holds it for more than `timeout_s` seconds."""
-    lock = FileLock(cache.with_name(f"{cache.name}.lock"))
+    path = cache.with_name(f"{cache.name}.lock")
     try:
-        return lock.acquire(timeout=0)
+        return file_lock(path)
     except Timeout:
         log(f"data: waiting for the process that makes {cache}, up to {timeout_s:g} s")
     try:
-        return lock.acquire(timeout=timeout_s)
+        return file_lock(path, timeout_s)
     except Timeout:
         raise TransientError(
             f"another process has been making {cache} for more than {timeout_s:g} s: check that process, or "

@@ -28,7 +28,7 @@ from ddp_lib.distributed.coordination import StoreGroup, wait_for
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.relay import relay_other_family
 from ddp_lib.distributed.store_client import LARGE, LargePacketsLost, connect_store, without_stderr
-from ddp_lib.errors import TransientError, UserError, first_line
+from ddp_lib.errors import TransientError, UserError, first_line, limit_reached
 
 # Pause between two attempts to reach a master that is not there yet.
 _RETRY_S = 0.2
@@ -72,6 +72,8 @@ def wait_for_master(
                     f"nobody listens on {endpoint}: start rank 0 there, and check that both name its machine"
                 )
             except OSError as error:
+                if limit := limit_reached(error):
+                    raise TransientError(limit) from None
                 trouble = (
                     f"no answer from {endpoint} ({error.strerror or error}): "
                     "check the address, and that no firewall closes the port"
@@ -211,6 +213,8 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
             dualstack_ipv6=ipv6 and everywhere,
         )
     except OSError as error:
+        if limit := limit_reached(error):
+            raise TransientError(limit) from None
         raise PortTaken(
             f"{endpoint.port_name} cannot be opened on {endpoint.host} ({os.strerror(error.errno or 0)}): "
             "end the program that has it, or choose another port on every machine"
@@ -245,7 +249,9 @@ def reach_store(
         raise TransientError(
             f"{endpoint} passes small packets, but not {LARGE >> 10} KiB: {mtu_cure()}"
         ) from None
-    except (RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        if limit := limit_reached(error):
+            raise TransientError(limit) from error
         raise UserError(
             f"{endpoint} answers, but not as a PyTorch store ({first_line(error)}): "
             "another program has this port, choose a free one"

@@ -30,6 +30,7 @@ from ddp_lib.errors import (
     first_line,
     is_peer_gone,
     is_timeout,
+    limit_reached,
     require_seconds,
 )
 
@@ -141,6 +142,8 @@ class World(RankEnv):
             dist.barrier()
         except (RuntimeError, ValueError) as error:
             self.leave()
+            if limit := limit_reached(error):
+                raise TransientError(limit) from error
             kind = TransientError if is_peer_gone(error) or is_timeout(error) else UserError
             raise kind(
                 f"rank {self.rank} reached the master, but the ranks could not connect to each other "

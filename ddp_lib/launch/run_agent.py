@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.coordination import LINGER_S
-from ddp_lib.errors import MAY_PASS, TransientError, UserError, first_line
+from ddp_lib.errors import MAY_PASS, TransientError, UserError, first_line, limit_reached
 from ddp_lib.launch.agent import Agent
 from ddp_lib.launch.failure import RankFailure
 from ddp_lib.launch.machines import compare_machines
@@ -128,7 +128,8 @@ def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, or no more processes
-        trouble = TransientError(f"cannot start the ranks on {socket.gethostname()}: {error}")
+        why = limit_reached(error) or str(error)
+        trouble = TransientError(f"cannot start the ranks on {socket.gethostname()}: {why}")
         peers.publish_end(str(trouble), trouble.status)
         raise trouble from error
     except UserError as error:

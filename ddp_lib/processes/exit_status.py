@@ -1,5 +1,6 @@
 """Turns a failure into one line and an exit status, and finds which of several was the cause."""
 
+import errno
 import io
 import json
 import os
@@ -20,8 +21,10 @@ from ddp_lib.errors import (
     PeerError,
     TransientError,
     UserError,
+    first_line,
     is_peer_gone,
     is_timeout,
+    limit_reached,
 )
 from ddp_lib.processes.signals import AGENT
 
@@ -88,6 +91,12 @@ class Outcome:
                     self._say("nothing reads the output any more: send it to a file")
             case SystemExit():
                 self.status = error.code if isinstance(error.code, int) else int(bool(error.code))
+            case OSError() | RuntimeError() | MemoryError() | ImportError() if limit := limit_reached(error):
+                self.status = MAY_PASS
+                self._say(f"{limit} ({first_line(error)})")
+            case OSError(errno=errno.ENOSPC, filename=None):  # of a file, `name_disk_errors` has told
+                self.status = MAY_PASS
+                self._say("the disk that the output or /dev/shm is on is full: free it, or print elsewhere")
             case _ if is_peer_gone(error):
                 cause = published_error() or TransientError(
                     f"another rank is gone: see its own output ({text})"
@@ -151,9 +160,19 @@ def require_working_directory() -> None:
         ) from None
 
 
+def _open_closed_streams() -> None:
+    """A shell's `2>&-` closes a stream. The next file or socket would get its number, and what C++ prints."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, "w")  # noqa: SIM115
+            os.dup2(nowhere.fileno(), number)
+            setattr(sys, name, nowhere)
+
+
 @contextmanager
 def as_exit_status() -> Iterator[Outcome]:
     """Turns an exception into `outcome.status`, and reports it if that is not done yet."""
+    _open_closed_streams()
     outcome = Outcome()
     show_all_names()
     try:

@@ -51,11 +51,12 @@ def write_atomic(path: Path, payload: bytes, previous: Path | None = None) -> No
                 os.replace(path, previous)
             os.replace(temporary, path)
             if hasattr(os, "O_DIRECTORY"):  # so that the renames survive a power cut
-                folder = os.open(path.parent, os.O_DIRECTORY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                with suppress(OSError):  # CIFS and FUSE may refuse it; the file is whole
+                    folder = os.open(path.parent, os.O_DIRECTORY)
+                    try:
+                        os.fsync(folder)
+                    finally:
+                        os.close(folder)
         finally:
             with suppress(OSError):  # the disk may be read-only now
                 temporary.unlink(missing_ok=True)

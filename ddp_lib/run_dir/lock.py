@@ -4,11 +4,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ddp_lib.distributed.coordination import all_gather_results, broadcast_result
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import TransientError, UserError
+from ddp_lib.processes.file_lock import file_lock
 
 SIGNATURE = ".job"  # names the job that has the folder, and the rank that writes there
 
@@ -64,7 +65,7 @@ def _try_lock(folder: Path, stack: ExitStack, signature: str) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         problem, cure = "written", "free the disk, or "
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))
+        stack.enter_context(file_lock(folder / ".lock"))
         path.write_text(signature)
         stack.callback(remove)
     except Timeout:

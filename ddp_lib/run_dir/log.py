@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_lib.errors import TransientError, UserError
+from ddp_lib.errors import TransientError, UserError, limit_reached
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +37,8 @@ def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if limit := limit_reached(error):
+            raise TransientError(f"cannot write {path}: {limit}, and start again; {kept}") from None
         kind = UserError if isinstance(error, PermissionError) else TransientError
         raise kind(
             f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
