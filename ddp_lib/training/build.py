@@ -5,13 +5,13 @@ It is the reader's code. Whatever is wrong with it is said in one line, before t
 
 import ast
 import hashlib
-import inspect
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -132,20 +132,28 @@ def _check_logits(spec: str, classes: int, _: nn.Module, inputs: tuple[Any, ...]
 
 def source_of(spec: str, model: nn.Module) -> dict[str, str]:
     """Digest of the source, comments and layout aside, by name of the module: of the one that `spec` names,
-    and of those of the reader's own that define the model's parts, or that these import."""
+    and of those beside it or below it that define the model's parts, or that these import."""
     named = spec.partition(":")[0]
+    first = getattr(sys.modules[named], "__file__", None)
+    if not first:
+        return {}
+    is_package = Path(first).name == "__init__.py"
+    root = Path(first).resolve().parents[named.count(".") + is_package]
     pending = [named, *(kind.__module__ for part in model.modules() for kind in type(part).__mro__)]
     digests: dict[str, str] = {}
     while pending:
         name = pending.pop()
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
-        if module is None or not file or name in digests or (is_library(file) and name != named):
+        if module is None or not file or name in digests:
+            continue
+        path = Path(file).resolve()
+        others = name.startswith("ddp_lib.") or is_library(file) or not path.is_relative_to(root)
+        if name != named and others:
             continue
         try:
-            text = inspect.getsource(module)
-            text = ast.unparse(ast.parse(text))
-        except (OSError, TypeError, SyntaxError):  # compiled, or its file is gone
+            text = ast.unparse(ast.parse(path.read_bytes()))
+        except (OSError, SyntaxError, ValueError):  # compiled, or its file is gone
             text = ""
         digests[name] = _digest(text)
         for value in vars(module).values():
