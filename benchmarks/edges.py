@@ -174,14 +174,19 @@ def second_jobs() -> Iterator[tuple[dict[str, Any], int, Run]]:
 
 COMES = ("another flag", "another data set", "another model's code", "another torch")
 LEAVES = ("SIGTERM", "SIGINT", "SIGKILL", "power off")
-ANOTHER_TORCH = """
+# These two are made up, in what the newcomer says of itself.
+MADE_UP = {
+    "another model's code": 'machine["program"]["files"]["own_net.py"] = "0"',
+    "another torch": 'machine["equal"]["torch"] = "2.0.0"',
+}
+PATCHED = """
 import sys
 from ddp_lib.launch import machines
 from ddp_lib.launch.main import main
 true = machines.describe_machine
 def describe(*args):
     machine = true(*args)
-    machine["equal"]["torch"] = "2.0.0"
+    {}
     return machine
 machines.describe_machine = describe
 sys.exit(main(sys.argv[1:]))
@@ -202,17 +207,10 @@ def comes(how: str, lab: Lab) -> tuple[float, str]:
     newcomer = Training(lab, data, *flags, nnodes="1:2")
     command = ["ddp-launch", "train", "--nnodes", "1:2", "--rdzv-endpoint", f"{m0.address}:29500"]
     command += ["--run-dir", str(newcomer.disk(m1)), *newcomer.flags]
-    cwd = ROOT
-    if how == "another model's code":
-        cwd = lab.folder / "project"
-        (cwd / "tests").mkdir(parents=True)
-        (cwd / "tests" / "lab").mkdir()
-        for path in (ROOT / "tests" / "lab").glob("*.py"):
-            (cwd / "tests" / "lab" / path.name).write_text(path.read_text() + "\n")
-    if how == "another torch":
-        command = ["python", "-c", ANOTHER_TORCH, *command[1:]]
+    if how in MADE_UP:
+        command = ["python", "-c", PATCHED.format(MADE_UP[how]), *command[1:]]
     began_s = time.monotonic()
-    program = m1.start(command, cwd=cwd, **newcomer.environment)
+    program = m1.start(command, cwd=ROOT, **newcomer.environment)
     [status] = end_of([program])
     seconds = time.monotonic() - began_s
     training.open(size=1)

@@ -38,7 +38,7 @@ def wait_for_name(endpoint: Endpoint, join_timeout_s: float) -> None:
     """Returns when the endpoint's host resolves; UserError after `join_timeout_s`."""
     # torch asks the name server for the name of each peer's address. If that server does not answer, glibc
     # would wait 10 s each time.
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     deadline = time.monotonic() + join_timeout_s - _RETRY_S
     if not wait_until_true(lambda: bool(resolve(endpoint.host, endpoint.port)), deadline, _RETRY_S):
         raise TransientError(
