@@ -148,21 +148,26 @@ def is_guess(endpoint: Endpoint) -> bool:
 def own_address(endpoint: Endpoint, one_machine: bool, environ: Mapping[str, str] = os.environ) -> str:
     """This machine's address as seen by the others at `endpoint`; empty if there is none.
 
-    It is on the interface that GLOO_SOCKET_IFNAME names, if that is set.
+    Between machines it is the one that gloo and NCCL take of the interface towards the endpoint, or of the
+    one that GLOO_SOCKET_IFNAME names: IPv4 if it has both.
     """
     mine = own_addresses()
-    addresses = endpoint_addresses(endpoint, one_machine)
-    if names := interface_names(environ):
-        usable = [a for a in mine if mine[a] == names[0] and not a.startswith("fe80:")]
-        same_family = [a for a in usable if any((":" in a) == (":" in other) for other in addresses)]
-        return next(iter([*(a for a in addresses if a in usable), *same_family, *usable]), "")
-    for address in addresses:
-        if address in mine or is_loopback(address):
-            return address
-    for address in addresses:
-        with suppress(OSError):
-            return own_address_towards(address, endpoint.port)
-    return ""
+    address = ""
+    for candidate in endpoint_addresses(endpoint, one_machine):
+        if candidate in mine or is_loopback(candidate):
+            address = candidate
+            break
+    else:
+        for candidate in endpoint_addresses(endpoint, one_machine):
+            with suppress(OSError):
+                address = own_address_towards(candidate, endpoint.port)
+                break
+    names = interface_names(environ)
+    if one_machine or (is_loopback(address) and not names):
+        return address
+    name = names[0] if names else mine.get(address)
+    of_it = [other for other in mine if mine[other] == name and not other.startswith("fe80:")]
+    return min(of_it, key=lambda other: ":" in other, default="" if names else address)
 
 
 def interface_names(environ: Mapping[str, str]) -> list[str]:

@@ -33,6 +33,15 @@ def test_the_master_takes_the_address_at_which_others_reach_it(make_lab, own):
         assert f"[rank {rank}] [2.0, 2.0] eth0" in program.output
 
 
+def test_one_of_two_machines_has_no_ipv6(make_lab):
+    machines = make_lab(2, ipv4=True, ipv6=True).machines
+    for machine in machines:
+        machine.write_hosts({other.name: f"{other.ipv6} {other.ipv4}" for other in machines})
+    machines[1].namespaces.network("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    for program in [start(machine, "m0:29500") for machine in machines]:
+        assert program.wait(TIMEOUT_S) == 0, program.output
+
+
 def test_the_users_interface_is_probed_and_used(make_lab):
     lab = make_lab(2)
     lab.add_network()

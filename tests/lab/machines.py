@@ -124,9 +124,10 @@ class Machine:
             self.namespaces.network("ip", *words.split())
 
     def write_hosts(self, names: dict[str, str], localhost: bool = True) -> None:
-        """Makes `name -> address` all that this machine's /etc/hosts says, beside localhost."""
+        """Makes `name -> address` all that this machine's /etc/hosts says, beside localhost. A name may have
+        several addresses, with a space between them."""
         lines = ["127.0.0.1 localhost", "::1 localhost"] if localhost else []
-        lines += [f"{address} {name}" for name, address in names.items()]
+        lines += [f"{address} {name}" for name, text in names.items() for address in text.split()]
         self._hosts.write_text("\n".join(lines) + "\n")  # in place: the file is mounted
 
     def start(self, command: list[str], cwd: Path | None = None, **environment: str) -> "Program":
