@@ -37,9 +37,10 @@ def test_a_machine_that_falls_silent_is_named_and_the_others_end(make_lab, image
     silent.resume()
 
 
-def test_clocks_that_differ_change_nothing(make_lab, images):
+@pytest.mark.parametrize("nnodes", ["2", "1:2"])
+def test_clocks_that_differ_change_nothing(make_lab, images, nnodes):
     lab = make_lab(2)
-    training = Training(lab, images, gate=10**6)
+    training = Training(lab, images, nnodes=nnodes, gate=10**6)
     [first] = training.start(lab.machines[0])
     command = shifted(-900, training.command(lab.machines[1]))
     second = lab.machines[1].start(command, cwd=ROOT, **training.environment)
