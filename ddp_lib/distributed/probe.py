@@ -18,8 +18,8 @@ CONNECT_S = 4.0
 _CHUNK = 1 << 18
 _MOST_BYTES = 1 << 34
 # Bytes that go both ways in one piece. If the MTU is too large somewhere on the way, they do not arrive.
-_LARGE = 1 << 16
-LARGE_LOST = f"passes small packets, but not {_LARGE >> 10} KiB"
+LARGE = 1 << 16
+LARGE_LOST = f"passes small packets, but not {LARGE >> 10} KiB"
 
 
 class Probe:
@@ -63,7 +63,7 @@ def _answer(peer: socket.socket, source: str) -> None:
                     return
                 left -= got
             if words[0] == b"echo":
-                peer.sendall(bytes(min(count, _LARGE)))
+                peer.sendall(bytes(min(count, LARGE)))
             peer.sendall(json.dumps({"you": source, "time": time.time()}).encode() + b"\n")
 
 
@@ -93,9 +93,9 @@ def connect(address: str, port: int, pings: int = 1) -> Link:
                 answer = json.loads(_read_line(peer))
                 latency_s = time.perf_counter() - began
                 links.append(Link("", answer["you"], latency_s, answer["time"] - (sent + latency_s / 2)))
-            peer.sendall(b"echo %d\n" % _LARGE + bytes(_LARGE))
+            peer.sendall(b"echo %d\n" % LARGE + bytes(LARGE))
             with peer.makefile("rb") as file:
-                if len(file.read(_LARGE)) < _LARGE or not file.readline().endswith(b"\n"):
+                if len(file.read(LARGE)) < LARGE or not file.readline().endswith(b"\n"):
                     raise OSError("the connection was closed")
         return min(links, key=lambda link: link.latency_s)
     except ConnectionRefusedError:

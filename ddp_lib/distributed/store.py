@@ -26,8 +26,9 @@ from ddp_lib.distributed.addresses import (
 )
 from ddp_lib.distributed.coordination import StoreGroup, wait_for
 from ddp_lib.distributed.environment import RankEnv
+from ddp_lib.distributed.probe import LARGE_LOST
 from ddp_lib.distributed.relay import relay_other_family
-from ddp_lib.distributed.store_client import LARGE, LargePacketsLost, connect_store, without_stderr
+from ddp_lib.distributed.store_client import LargePacketsLost, connect_store, without_stderr
 from ddp_lib.errors import TransientError, UserError, first_line, limit_reached
 
 # Pause between two attempts to reach a master that is not there yet.
@@ -246,9 +247,7 @@ def reach_store(
                 client.compare_set(_REACHED, "", address)
     except LargePacketsLost:
         name_interface(endpoint, one_machine)
-        raise TransientError(
-            f"{endpoint} passes small packets, but not {LARGE >> 10} KiB: {mtu_cure()}"
-        ) from None
+        raise TransientError(f"{endpoint} {LARGE_LOST}: {mtu_cure()}") from None
     except (OSError, RuntimeError, ValueError) as error:
         if limit := limit_reached(error):
             raise TransientError(limit) from error

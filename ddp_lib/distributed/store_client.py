@@ -13,11 +13,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from ddp_lib.distributed.probe import LARGE
+
 # How long torch may take to give up after its timeout: its stack dump alone takes seconds.
 _GIVE_UP_S = 30.0
-# So many bytes go both ways as soon as a store is reached, within so many seconds: if the MTU is too large
-# somewhere on the way, small packets pass and large ones vanish.
-LARGE, _LARGE_S = 1 << 16, 5.0
+# As soon as a store is reached, a large piece goes both ways, within so many seconds.
+_LARGE_S = 5.0
 
 
 class LargePacketsLost(TimeoutError):

@@ -61,7 +61,7 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLo
     if any(other != seen[0] for other in seen):  # DDP
         raise SystemExit(f"the machines' images in {args.data} differ: {seen}")  # DDP
     loading = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    loading["persistent_workers"] = args.workers > 0  # or each epoch forks anew
+    loading["persistent_workers"] = args.workers > 0  # else each epoch forks new ones
     sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)  # DDP: shuffles, then shares out
     train_loader = DataLoader(train_data, batch_size, sampler=sampler, drop_last=True, **loading)  # DDP
     # DDP: a DistributedSampler would count some test images twice, to give each rank the same number.

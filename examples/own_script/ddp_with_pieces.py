@@ -77,7 +77,7 @@ def make_loaders(
     args: argparse.Namespace, world: World, train_data: Dataset, test_data: Dataset
 ) -> tuple[DataLoader, DataLoader]:
     loading = {"num_workers": args.workers, "pin_memory": world.device.type == "cuda"}
-    loading["persistent_workers"] = args.workers > 0  # or each epoch forks anew
+    loading["persistent_workers"] = args.workers > 0  # else each epoch forks new ones
     loading["worker_init_fn"] = leave_signals_to_the_rank
     ranks = world.rank, world.world_size
     sampler = TrainSampler(len(train_data), args.batch_size, *ranks, args.seed, with_epoch=True)

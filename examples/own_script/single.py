@@ -43,7 +43,7 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.ImageFolder, datasets.
 def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, DataLoader]:
     train_data, test_data = load_data(args)
     loading = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    loading["persistent_workers"] = args.workers > 0  # or each epoch forks anew
+    loading["persistent_workers"] = args.workers > 0  # else each epoch forks new ones
     train_loader = DataLoader(train_data, args.batch_size, shuffle=True, drop_last=True, **loading)
     return train_loader, DataLoader(test_data, args.batch_size, **loading)
 

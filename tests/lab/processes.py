@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -23,6 +24,18 @@ def clean_environment() -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "LOGLEVEL")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("SLURM")}
     return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+def start_piped(command: list[str], cwd: Path) -> "subprocess.Popen[str]":
+    """Starts a command in a clean environment; its two streams are read by `end`."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=clean_environment(),
+    )
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str, list[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.agent import Start
-from tests.lab.processes import clean_environment
+from tests.lab.processes import start_piped
 
 # The agent as `ddp-launch train` starts it, around another program than the training.
 AGENT = """
@@ -51,14 +51,7 @@ def start(tmp_path: Path, started: list[subprocess.Popen[str]]) -> Start:
     def run(lines: str, *flags: str) -> "subprocess.Popen[str]":
         script = tmp_path / "worker.py"
         script.write_text(WORKER + lines)
-        process = subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(script), *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=clean_environment(),
-        )
+        process = start_piped([sys.executable, "-c", AGENT, str(script), *flags], tmp_path)
         started.append(process)
         return process
 

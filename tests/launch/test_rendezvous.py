@@ -1,12 +1,11 @@
 """Agents that do not find each other."""
 
 import socket
-import subprocess
 
 import pytest
 
 from ddp_lib.launch.rendezvous import _sort_key
-from tests.lab.processes import TRAIN, clean_environment, end
+from tests.lab.processes import TRAIN, end, start_piped
 
 
 @pytest.mark.ranks
@@ -20,13 +19,8 @@ def test_an_endpoint_that_is_no_rendezvous_is_named(started, tmp_path, endpoint,
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         endpoint = endpoint.format(taken=f"127.0.0.1:{silent.getsockname()[1]}")
-        process = subprocess.Popen(
-            [*TRAIN, "--nnodes=2", "--rdzv-endpoint", endpoint, "--join-timeout-s", "1"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=clean_environment(),
+        process = start_piped(
+            [*TRAIN, "--nnodes=2", "--rdzv-endpoint", endpoint, "--join-timeout-s", "1"], tmp_path
         )
         started.append(process)
         status, _, err = end(process)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.lab.own_script import RUN, START
-from tests.lab.processes import HOST, all_gone, clean_environment, end, wait_until
+from tests.lab.processes import HOST, all_gone, clean_environment, end, start_piped, wait_until
 
 pytestmark = pytest.mark.ranks
 
@@ -28,14 +28,7 @@ def run(tmp_path: Path, started: list[subprocess.Popen[str]]) -> Run:
         script = tmp_path / "own.py"
         script.write_text(START + lines)
         flags = ("--nproc-per-node", "2", "--log-dir", str(tmp_path / "logs"), *flags)
-        process = subprocess.Popen(
-            [*RUN, *flags, str(script), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=clean_environment(),
-        )
+        process = start_piped([*RUN, *flags, str(script), *args], tmp_path)
         started.append(process)
         return process
 
