@@ -60,13 +60,15 @@ def test_whoever_comes_to_another_job_is_refused_and_the_job_notices_nothing(mak
 
 def test_the_same_command_twice_on_a_machine_does_not_make_two_machines(make_lab):
     machines = make_lab(2).machines
-    first = start(machines[0], "2")
-    first.wait_for("starting", TIMEOUT_S)
-    assert "is in the job 'own.py' already" in refusal(start(machines[0], "2"))
+    both = [start(machines[0], "2") for _ in range(2)]
+    wait_until(lambda: any(program.ended for program in both))
+    [refused] = [program for program in both if program.ended]
+    [goes_on] = [program for program in both if program is not refused]
+    assert "is in the job 'own.py' already" in refusal(refused)
     second = start(machines[1], "2")
     for machine in machines:
         (machine.folder / "end").touch()
-    for program in (first, second):
+    for program in (goes_on, second):
         assert program.wait(TIMEOUT_S) == 0, program.output
 
 
