@@ -1,11 +1,11 @@
-"""Several machines at the edges: silent machines, second jobs, wrong machines, addresses, clocks.
+"""Several machines at the edges: silent machines, second jobs, wrong machines, addresses, clocks, kills.
 
 python benchmarks/edges.py PART [--runs 3] [--only REGEX] [--fresh]     as root, on Linux
 
-PART: silence | jobs | machines | addresses | clocks. The machines are network namespaces of this computer.
-Each run is saved at once, so that a script that was stopped goes on where it was (--fresh: from the
-beginning). Writes results/edges_<part>.json. The training is that of tests/lab/training.py: two machines, one
-rank on each, and no shared disk.
+PART: silence | jobs | machines | addresses | clocks | kills. The machines are network namespaces of this
+computer. Each run is saved at once, so that a script that was stopped goes on where it was (--fresh: from the
+beginning). Writes results/edges_<part>.json. The training is that of tests/lab/training.py: without a shared
+disk, and, if nothing else is said, two machines with one rank each.
 """
 
 import argparse
@@ -41,8 +41,8 @@ FOLDER = Path(tempfile.mkdtemp(prefix="edges"))
 # A run that takes longer than this hangs.
 TIMEOUT_S = 120.0
 PLAIN = Path(__file__).with_name("plain_ddp.py")
-# What a run gives: the seconds until it was decided, and what happened, in words.
-Run = Callable[[Lab], tuple[float, str]]
+# What a run gives: the seconds until it was decided, what happened, in words, and perhaps details.
+Run = Callable[[Lab], tuple[Any, ...]]
 
 
 @cache
@@ -284,7 +284,7 @@ def address(own: str, network: str, by_name: bool, by_user: bool, lab: Lab) -> t
         machine.write_hosts({**names, **({machine.name: means[own]} if own in means else {})})
     where = f"{'m0' if by_name else lab.machines[0].address}:29500"
     variables = {"GLOO_SOCKET_IFNAME": interface} if by_user else {}
-    flags = f"--nnodes 2 --nproc-per-node 1 --join-timeout-s 15 --rdzv-endpoint {where}".split()
+    flags = f"--nnodes 2 --nproc-per-node 1 --join-timeout-s 10 --rdzv-endpoint {where}".split()
     began_s = time.monotonic()
     programs = [m.start(["ddp-launch", "run", *flags, str(PLAIN)], **variables) for m in lab.machines]
     statuses = end_of(programs)
@@ -330,6 +330,70 @@ def clocks() -> Iterator[tuple[dict[str, Any], int, Run]]:
     for nnodes, who, seconds in product(("2", "1:2"), (0, 1), (-900, -60, -20, 20, 60, 900)):
         name = {"--nnodes": nnodes, "machine": ("master", "other")[who], "its clock, s": seconds}
         yield name, 2, partial(clock, seconds, who, nnodes)
+
+
+# Kills at random moments
+
+LONG = ("--epochs", "30", "--checkpoint-every-s", "0.2")
+
+
+def long_training(count: int, nproc: int, lab: Lab) -> Training:
+    training = Training(lab, images(), nnodes=str(count), nproc=nproc, gate=10**6)
+    training.flags += LONG
+    return training
+
+
+@cache
+def undisturbed(count: int, nproc: int) -> tuple[float, bytes]:
+    """The seconds that the long training takes, and its final weights."""
+    with Lab(count, FOLDER / f"undisturbed{count}.{nproc}") as lab:
+        training = long_training(count, nproc, lab)
+        began_s = time.monotonic()
+        training.start(*lab.machines)
+        training.end()
+        return time.monotonic() - began_s, training.weights()
+
+
+def kills(count: int, nproc: int, lab: Lab) -> tuple[float, str, list[str]]:
+    """One to three kills, each followed by the same command."""
+    rng = random.Random(lab.folder.name)
+    lasts_s, weights = undisturbed(count, nproc)
+    training = long_training(count, nproc, lab)
+    began_s, details = time.monotonic(), []
+    for _ in range(rng.randint(1, 3)):
+        programs = training.start(*lab.machines)
+        who = rng.choice(["a rank", "a launcher", "a machine", "all"])
+        when_s, saving = rng.uniform(0, lasts_s), rng.random() < 0.25
+        machine, seed = rng.choice(lab.machines), rng.random()
+        until = time.monotonic() + when_s
+        while time.monotonic() < until and not all(program.ended for program in programs):
+            time.sleep(0.01)
+        while saving and not all(program.ended for program in programs):
+            if any(training.disk(machine).glob(".checkpoint.pt.*.tmp")):
+                break
+        ranks = [p for p in machine.processes() if p.name().startswith("ddp-rank")]
+        if who == "a rank" and ranks:
+            random.Random(seed).choice(ranks).kill()
+        elif who == "a launcher":
+            programs[lab.machines.index(machine)].signal(signal.SIGKILL)
+        else:
+            for victim in lab.machines if who == "all" else [machine]:
+                victim.end_all()
+        statuses = end_of(programs)
+        details.append(f"{who} after {when_s:.2f} s{' in a save' * saving}: {statuses}")
+        left = [process.name() for m in lab.machines for process in m.left()]
+        if None in statuses or left:
+            return time.monotonic() - began_s, f"hangs, or leaves {left}", details
+    statuses = end_of(training.start(*lab.machines))
+    seconds = time.monotonic() - began_s
+    if any(statuses):
+        return seconds, f"the same command ends with {statuses}", details
+    return seconds, "same bits" if training.weights() == weights else "other bits", details
+
+
+def killed() -> Iterator[tuple[dict[str, Any], int, Run]]:
+    for count, ranks in product((1, 2), (2, 4)):
+        yield {"machines": count, "ranks": ranks}, count, partial(kills, count, ranks // count)
 
 
 @dataclass(frozen=True)
@@ -385,6 +449,15 @@ PARTS = {
         r"2 ranks, same bits",
         "both ranks train, with the bits of equal clocks",
     ),
+    "kills": Part(
+        killed,
+        "Kills at random moments",
+        "SIGKILL to a rank, a launcher, all of a machine, or all, one to three times in a run, at moments "
+        "between the start and the end of the training; one in four waits for the next moment at which a "
+        "checkpoint is being written. Each time, the same command is given again. Seconds: of the whole run.",
+        "same bits",
+        "the training ends with the bits of an undisturbed run, and nothing hangs or is left",
+    ),
 }
 
 
@@ -417,7 +490,7 @@ def main() -> None:
         print(f"{number + 1} of {len(todo)}: {key}: {done[key][-1]}", flush=True)
         order = [json.dumps(name) for name, _, _ in part.cases()]
         rows = [{**json.loads(key), **_summary(done[key])} for key in order if done.get(key)]
-        outcomes = [outcome for runs in done.values() for _, outcome in runs]
+        outcomes = [run[1] for runs in done.values() for run in runs]
         good = sum(bool(re.fullmatch(part.good, outcome)) for outcome in outcomes)
         finding = f"In {good} of {len(outcomes)} runs (of {len(rows)} cases) {part.finding}."
         result = save(f"edges_{options.part}", part.title, part.what, rows, [finding])
@@ -428,9 +501,9 @@ def main() -> None:
 
 def _summary(runs: list[Any]) -> dict[str, str]:
     """Equal outcomes are counted; the seconds of all runs stand beside."""
-    counts = Counter(outcome for _, outcome in runs)
+    counts = Counter(run[1] for run in runs)
     words = [f"{number} of {len(runs)}: {outcome}" for outcome, number in counts.most_common()]
-    return {"outcome": "; ".join(words), "seconds": ", ".join(f"{seconds:.1f}" for seconds, _ in runs)}
+    return {"outcome": "; ".join(words), "seconds": ", ".join(f"{run[0]:.1f}" for run in runs)}
 
 
 if __name__ == "__main__":
