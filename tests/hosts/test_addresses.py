@@ -3,6 +3,7 @@
 import pytest
 
 from tests.lab.own_script import START
+from tests.lab.project import ROOT
 
 TIMEOUT_S = 120
 TRAINS = "join()\nprint(step().tolist(), os.environ['GLOO_SOCKET_IFNAME'])\ndist.destroy_process_group()\n"
@@ -67,11 +68,13 @@ def test_closed_ports_are_named_with_the_other_networks(make_lab, how):
         assert "set GLOO_SOCKET_IFNAME to its interface: eth1 (10.78.0.1" in line
 
 
-def test_large_packets_that_get_lost_are_named(make_lab):
+@pytest.mark.parametrize(("command", "status"), [("run", 75), ("check", 2)])
+def test_large_packets_that_get_lost_are_named(make_lab, command, status):
     master, other = make_lab(2).machines
     other.lose_large_packets()
-    start(master, "10.77.0.10:29500", lines="")
-    program = start(other, "10.77.0.10:29500", lines="")
-    assert program.wait(TIMEOUT_S) == 75, program.output
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=10.77.0.10:29500"]
+    script = [str(ROOT / "examples/own_script/ddp.py")] if command == "run" else []
+    _, program = [m.start(["ddp-launch", command, *flags, *script]) for m in (master, other)]
+    assert program.wait(TIMEOUT_S) == status, program.output
     line = program.output.splitlines()[-1]
     assert "passes small packets, but not 64 KiB: the MTU (1500 on eth0 here) is too large" in line
