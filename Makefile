@@ -7,17 +7,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := --data shapes --nproc-per-node 2 --run-dir runs/demo --epochs 3
+# Where packages come from, if not from the usual index. Builds for CPUs alone depend on less, so
+# requirements.txt only constrains here.
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+FROM = -c requirements.txt $(if $(WHEELS),--no-index --find-links "$(WHEELS)") \
+  $(if $(INDEX),--extra-index-url "$(INDEX)")
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 # Several tests at once; tests/conftest.py says how many, and which start first.
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test notebooks lint format lab bench bench-full lock clean
+.PHONY: help setup wheels demo quick test notebooks lint format lab bench bench-full lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## install this package and the exact versions of requirements.txt into .venv
+setup: $(INSTALLED) ## install all into .venv: INDEX=URL of builds for CPUs alone, WHEELS=folder without internet
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -26,9 +31,12 @@ $(INSTALLED): requirements.txt pyproject.toml
 	  echo "make: '$(PYTHON)' has no venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV), once: some GB and some minutes, most of it PyTorch."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PIP) install --quiet $(FROM) setuptools
+	@$(PIP) install --quiet $(FROM) --no-build-isolation -e ".[notebooks,dev]"
 	@touch $@
+
+wheels: $(INSTALLED) ## fill the folder wheels/ for make setup WHEELS=wheels on a machine without internet
+	$(PIP) wheel --quiet $(FROM) --no-build-isolation --wheel-dir wheels setuptools ".[notebooks,dev]"
 
 demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs/demo/
 	$(BIN)/ddp-launch train $(DEMO)
@@ -49,7 +57,7 @@ test: lint ## lint, all tests, and all notebooks against their committed outputs
 notebooks: $(INSTALLED) ## only run and compare the notebooks, on one core and from another folder
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp notebooks/* "$$folder" && \
 	  core=$$(command -v taskset >/dev/null && echo taskset -c 0 || true) && cd "$$folder" && \
-	  $$core $(CURDIR)/$(BIN)/python -m pytest $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
+	  $$core "$(CURDIR)/$(BIN)/python" -m pytest $(NBVAL) -p no:cacheprovider --nbval-sanitize-with nbval_sanitize.cfg .
 
 lint: $(INSTALLED) ## check style, formatting, spelling, types and the Dockerfile
 	$(BIN)/ruff check .
@@ -62,12 +70,16 @@ format: $(INSTALLED) ## format code and notebooks
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-lab: $(INSTALLED) ## open the course in JupyterLab
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+# A work copy, so that running a notebook changes no tracked file. The kernels and the terminal find
+# ddp-launch: a login shell, which JupyterLab takes where its output is no terminal, would forget the PATH.
+lab: $(INSTALLED) ## open your copy of the course, work/, in JupyterLab: ARGS=..., FRESH=1 for a new copy
+	@$(BIN)/python -m ddp_lib.course copy notebooks work $(if $(FRESH),--fresh True)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	  --ServerApp.terminado_settings="shell_command=['$${SHELL:-/bin/sh}']" \
+	  $$(test "$$(id -u)" != 0 || echo --allow-root) work/00_start_here.ipynb $(ARGS)
 
 # Packages that only the benchmarks need are installed into .venv too, but change none of its versions.
-BENCH_SETUP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-  -r benchmarks/requirements.txt -c requirements.txt
+BENCH_SETUP = $(PIP) install --quiet $(FROM) -r benchmarks/requirements.txt
 
 bench: $(INSTALLED) ## run the short benchmarks on this machine and write benchmarks/RESULTS.md
 	$(BENCH_SETUP)

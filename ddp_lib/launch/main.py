@@ -3,15 +3,18 @@
 import gc
 import io
 import os
+import platform
 import socket
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from ddp_lib import __version__
 from ddp_lib.cli import parse
 from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.distributed.addresses import join_host
@@ -38,6 +41,8 @@ USAGE = """usage: ddp-launch {run,train,check,plot,stacks} ...
   check   on every machine: say why they would not train together: ddp-launch check --help
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
   stacks  say where each rank of this machine stands now: ddp-launch stacks
+
+ddp-launch --version names the versions of ddp_lib, torch and Python.
 """
 # What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
 PRELOAD = ["ddp_lib.train", "torch._dynamo"]
@@ -112,6 +117,9 @@ def main(argv: list[str] | None = None) -> int:
                 outcome.status = stacks(rest)
             case ["-h" | "--help", *_]:
                 print(USAGE, end="")
+            case ["--version", *_]:
+                torch, python = version("torch"), platform.python_version()
+                print(f"ddp-launch {__version__}, torch {torch}, Python {python}")
             case _:
                 problem = f"{args[0]!r} is no command" if args else "no command given"
                 raise UserError(f"{problem}: use ddp-launch run, train, check, plot or stacks")

@@ -5,16 +5,18 @@ Skipped where no Chromium is installed; `.ci/run` installs it.
 
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import websocket
 
 from tests.lab.ports import free_port
 from tests.lab.project import ROOT
@@ -68,37 +70,43 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    """In a copy of the notebooks, since JupyterLab saves what it has run."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+def project(tmp_path: Path) -> Path:
+    """The files that `make lab` needs, in a folder with a space in its name."""
+    folder = tmp_path / "a project"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy2(ROOT / name, folder)  # with their times: nothing is to be installed
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+@pytest.fixture
+def lab(tmp_path: Path, project: Path) -> Iterator[Lab]:
     for name, values in SETTINGS.items():
         file = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
     port = free_port()
     # A home of its own: nothing of this machine's user changes what is seen, or is changed.
-    env = os.environ | {
-        "HOME": str(tmp_path),
-        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
-    }
-    options = f"--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token=t --allow-root"
-    shown = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True)
-    command = re.search(r"^\.venv/bin/(jupyter lab notebooks/00_start_here\.ipynb)$", shown.stdout, re.M)
-    assert command, shown.stdout
-    words = f"{ROOT / '.venv' / 'bin'}/{command[1]} {options}".split()
+    env = os.environ | {"HOME": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    options = f"--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token=t"
     log = tmp_path / "server.log"
+    words = ["make", "lab", f"ARGS={options}"]
     with open(log, "w") as file:
-        server = subprocess.Popen(words, env=env, cwd=tmp_path, stdout=file, stderr=file)
+        server = subprocess.Popen(
+            words, env=env, cwd=project, stdout=file, stderr=file, start_new_session=True
+        )
         try:
             here = Lab(f"http://127.0.0.1:{port}", log)
             wait_until(here.is_up, "JupyterLab answers", START_S)
             yield here
         finally:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGTERM)
             try:
                 server.wait(30)
             except subprocess.TimeoutExpired:
-                server.kill()
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -133,8 +141,8 @@ def run_all(page, lab: Lab) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["00_start_here", "01_process_groups", "04_training_run"])
-def test_a_notebook_runs_in_jupyterlab(name, lab, page, tmp_path):
-    path = tmp_path / "notebooks" / f"{name}.ipynb"
+def test_a_notebook_runs_in_jupyterlab(name, lab, page, project, tmp_path):
+    path = project / "work" / f"{name}.ipynb"
     notebook = json.loads(path.read_text())
     cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
@@ -144,7 +152,7 @@ def test_a_notebook_runs_in_jupyterlab(name, lab, page, tmp_path):
     page_errors: list[str] = []
     page.on("pageerror", lambda error: page_errors.append(str(error)))
 
-    page.goto(f"{lab.url}/lab/tree/{name}.ipynb?reset&token=t")
+    page.goto(f"{lab.url}/lab/tree/work/{name}.ipynb?reset&token=t")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     run_all(page, lab)
     page.wait_for_function(
@@ -162,3 +170,21 @@ def test_a_notebook_runs_in_jupyterlab(name, lab, page, tmp_path):
     assert len(widths) == pictures
     assert all(natural > 0 and shown <= room for natural, shown, room in widths), widths
     assert page_errors == []
+    original = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    assert json.loads((project / "notebooks" / f"{name}.ipynb").read_text()) == original
+
+
+def test_the_terminal_finds_ddp_launch(lab, project):
+    request = urllib.request.Request(
+        f"{lab.url}/api/terminals", method="POST", headers={"Authorization": "token t"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        name = json.load(answer)["name"]
+    address = f"{lab.url.replace('http', 'ws')}/terminals/websocket/{name}?token=t"
+    with closing(websocket.create_connection(address, timeout=START_S)) as terminal:
+        terminal.send(json.dumps(["stdin", "command -v ddp-launch; pwd\r"]))
+        shown = ""
+        while str(project) not in shown.replace(f"{project}/.venv/bin/ddp-launch", ""):
+            kind, *texts = json.loads(terminal.recv())
+            shown += "".join(texts) if kind == "stdout" else ""
+    assert f"{project}/.venv/bin/ddp-launch" in shown

@@ -1,11 +1,14 @@
 """ddp-launch's commands: as one rank, as an agent, or as neither."""
 
 import os
+import platform
 import re
+from importlib.metadata import version
 from unittest.mock import Mock
 
 import pytest
 
+import ddp_lib
 from ddp_lib import TrainConfig
 from ddp_lib.launch import main as launch
 from ddp_lib.launch.options import Launch
@@ -102,6 +105,14 @@ def test_one_rule_for_variables_and_flags(environment, flags, expected, command,
     else:
         as_agent = 2 if expected == "rank" and command != "train" else expected
         assert (status, calls) == (0, [as_agent])
+
+
+def test_the_versions_are_named(capsys):
+    assert launch.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "ddp-launch", f"{ddp_lib.__version__},", "torch", f"{version('torch')},",
+        "Python", platform.python_version(),
+    ]  # fmt: skip
 
 
 def test_plot_prints_what_it_wrote(monkeypatch, capsys):
