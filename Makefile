@@ -17,7 +17,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo quick test notebooks lint format lab bench bench-full lock clean
+.PHONY: help setup wheels demo quick test notebooks lint format lab class bench bench-full lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,10 @@ lab: $(INSTALLED) ## open your copy of the course, work/, in JupyterLab: ARGS=..
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
 	  --ServerApp.terminado_settings="shell_command=['$${SHELL:-/bin/sh}']" \
 	  $$(test "$$(id -u)" != 0 || echo --allow-root) work/00_start_here.ipynb $(ARGS)
+
+class: $(INSTALLED) ## write the course for a class to OUT=folder: student/ without solutions, teacher/ with a plan
+	@test -n "$(OUT)" || { echo "make class OUT=FOLDER: no folder given" >&2; exit 1; }
+	@$(BIN)/python -m ddp_lib.course class "$(OUT)"
 
 # Packages that only the benchmarks need are installed into .venv too, but change none of its versions.
 BENCH_SETUP = $(PIP) install --quiet $(FROM) -r benchmarks/requirements.txt

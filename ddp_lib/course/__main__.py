@@ -1,4 +1,4 @@
-"""What `make lab` uses: `python -m ddp_lib.course copy`."""
+"""python -m ddp_lib.course copy | class | grade: a reader's copy (`make lab`), a class, and its results."""
 
 import sys
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from typing import Annotated
 import tyro
 
 from ddp_lib.cli import parse
+from ddp_lib.course.classroom import write_class
 from ddp_lib.course.copy import copy_course
-from ddp_lib.errors import UserError
+from ddp_lib.course.grade import grade, table
+from ddp_lib.errors import UserError, require_seconds
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,50 @@ class Copy:
     """moves the reader's folder aside first, to work-1 or the next that is free"""
 
 
+@dataclass(frozen=True)
+class Class:
+    """Writes the course for a class: student/ without solutions, teacher/ with them and with a plan."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """folder to write"""
+    course: Path = Path("notebooks")
+    """folder of the course's notebooks"""
+    plan: Path = Path("docs/teaching.md")
+    """the teacher's plan"""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Says which exercises are right in the notebooks of a class.
+
+    Runs each answer that was changed, in a kernel with a time limit, an empty home and no secrets in its
+    environment. It is no sandbox.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """holds a folder with notebooks per reader, or notebooks"""
+    course: Path = Path("notebooks")
+    """folder of the course's notebooks"""
+    timeout_s: float = 120.0
+    """time for an answer"""
+
+
 def main() -> int:
     command, *args = sys.argv[1:] or [""]
     try:
-        if command != "copy":
-            raise UserError(f"{command!r} is no command: use copy")
-        options = parse(Copy, args, "python -m ddp_lib.course copy")
-        print(*copy_course(options.course, options.work, options.fresh), sep="\n")
+        if command == "copy":
+            copy = parse(Copy, args, "python -m ddp_lib.course copy")
+            lines = copy_course(copy.course, copy.work, copy.fresh)
+        elif command == "class":
+            new = parse(Class, args, "python -m ddp_lib.course class")
+            lines = write_class(new.course, new.plan, new.out)
+        elif command == "grade":
+            grades = parse(Grade, args, "python -m ddp_lib.course grade")
+            require_seconds("--timeout-s", grades.timeout_s)
+            lines = table(grade(grades.course, grades.folder, grades.timeout_s))
+        else:
+            raise UserError(f"{command!r} is no command: use copy, class or grade")
+        print("\n".join(lines))
     except UserError as error:
         print(f"ddp_lib.course: error: {error}", file=sys.stderr)
         return error.status

@@ -1,76 +1,19 @@
 """Runs the exercises of one notebook: python run_exercises.py NOTEBOOK WRONG_ANSWERS
 
-An exercise is a cell with the tag `exercise`, and the solution folded into the next cell. It may use
-the names of the notebook's first code cell, of cells with the tag `exercise-setup`, and of exercises
-before it: nothing else is executed here. Each is answered in four ways: the function as the reader
+Each exercise is answered in four ways: the function as the reader
 finds it and the two wrong answers (`wrong_N_a`, `wrong_N_b` in WRONG_ANSWERS) must give "N: not yet",
 the solution "N: right". Prints a line for each, ends with status 1 if one is not as it must be.
 """
 
-import ast
 import contextlib
 import io
 import json
-import re
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Exercise:
-    """check: the name of the check_N that `source` calls; function: the name of what it checks."""
-
-    number: int
-    source: str
-    solution: str
-    check: str
-    function: str
-
-
-def text(cell: dict[str, Any]) -> str:
-    return "".join(cell["source"])
-
-
-def tags(cell: dict[str, Any]) -> list[str]:
-    return cell["metadata"].get("tags", [])
-
-
-def read_exercise(number: int, source: str, after: str) -> Exercise:
-    """ValueError if the two cells do not have the form that the readers know."""
-    lines = source.strip().splitlines()
-    call = re.fullmatch(r"(check_(\d+))\((\w+)\)", lines[-1])
-    if not call or int(call[2]) != number:
-        raise ValueError(f"exercise {number} does not end in check_{number}(your_function)")
-    check, _, function = call.groups()
-    if "# your code" not in source:
-        raise ValueError(f"exercise {number} does not say where to write: # your code")
-    solution = re.match(
-        r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```\n+</details>",
-        after,
-        re.S | re.M,
-    )
-    if not solution:
-        raise ValueError(f"exercise {number} has no folded solution in the cell below")
-    defined = {n.name for n in ast.parse(solution[1]).body if isinstance(n, ast.FunctionDef)}
-    if function not in defined:
-        raise ValueError(f"the solution of exercise {number} does not define {function}")
-    return Exercise(number, source, solution[1], check, function)
-
-
-def read_notebook(path: Path) -> tuple[list[str], list[Exercise]]:
-    """What is executed first, cell by cell, and the exercises, both in the notebook's order."""
-    cells = json.loads(path.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    before = [cell for cell in code if cell is code[0] or "exercise-setup" in tags(cell)]
-    exercises: list[Exercise] = []
-    for cell, after in zip(cells, [*cells[1:], {"source": ""}], strict=True):
-        if "exercise" in tags(cell):
-            exercises.append(read_exercise(len(exercises) + 1, text(cell), text(after)))
-    # A line such as `%matplotlib inline` is for the notebook alone.
-    return [re.sub(r"^%.*$", "", text(cell), flags=re.M) for cell in before], exercises
+from ddp_lib.course.exercises import read_exercises
 
 
 def execute(source: str, where: dict[str, Any], name: str) -> None:
@@ -89,7 +32,7 @@ def last_line(source: str, where: dict[str, Any], name: str) -> str:
 
 
 def main(notebook: Path, wrong_answers: Path) -> int:
-    setup, exercises = read_notebook(notebook)
+    setup, exercises = read_exercises(json.loads(notebook.read_text()))
     names = vars(sys.modules["__main__"])
     for number, source in enumerate(setup, 1):
         execute(source, names, f"setup cell {number}")
@@ -99,7 +42,7 @@ def main(notebook: Path, wrong_answers: Path) -> int:
 
     failures = 0
     for exercise in exercises:
-        again = f"{exercise.check}({exercise.function})"
+        again = exercise.call
         file_name = f"exercise {exercise.number}"
         printed = {"untouched": last_line(exercise.source, names, file_name)}
         start = names[exercise.function]
