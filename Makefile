@@ -17,7 +17,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo quick test notebooks lint format lab class bench bench-full lock clean
+.PHONY: help setup wheels demo quick test notebooks lint format lab class site bench bench-full lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ lab: $(INSTALLED) ## open your copy of the course, work/, in JupyterLab: ARGS=..
 class: $(INSTALLED) ## write the course for a class to OUT=folder: student/ without solutions, teacher/ with a plan
 	@test -n "$(OUT)" || { echo "make class OUT=FOLDER: no folder given" >&2; exit 1; }
 	@$(BIN)/python -m ddp_lib.course class "$(OUT)"
+
+site: $(INSTALLED) ## write the course as a web site to site/
+	@$(BIN)/python -m ddp_lib.course site site
 
 # Packages that only the benchmarks need are installed into .venv too, but change none of its versions.
 BENCH_SETUP = $(PIP) install --quiet $(FROM) -r benchmarks/requirements.txt

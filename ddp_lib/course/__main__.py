@@ -11,6 +11,7 @@ from ddp_lib.cli import parse
 from ddp_lib.course.classroom import write_class
 from ddp_lib.course.copy import copy_course
 from ddp_lib.course.grade import grade, table
+from ddp_lib.course.site import write_site
 from ddp_lib.errors import UserError, require_seconds
 
 
@@ -42,6 +43,16 @@ class Class:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Writes the course as a web site."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """folder to write"""
+    course: Path = Path("notebooks")
+    """folder of the course's notebooks"""
+
+
+@dataclass(frozen=True)
 class Grade:
     """Says which exercises are right in the notebooks of a class.
 
@@ -66,12 +77,15 @@ def main() -> int:
         elif command == "class":
             new = parse(Class, args, "python -m ddp_lib.course class")
             lines = write_class(new.course, new.plan, new.out)
+        elif command == "site":
+            site = parse(Site, args, "python -m ddp_lib.course site")
+            lines = write_site(site.course, site.out)
         elif command == "grade":
             grades = parse(Grade, args, "python -m ddp_lib.course grade")
             require_seconds("--timeout-s", grades.timeout_s)
             lines = table(grade(grades.course, grades.folder, grades.timeout_s))
         else:
-            raise UserError(f"{command!r} is no command: use copy, class or grade")
+            raise UserError(f"{command!r} is no command: use copy, class, site or grade")
         print("\n".join(lines))
     except UserError as error:
         print(f"ddp_lib.course: error: {error}", file=sys.stderr)

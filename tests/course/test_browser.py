@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import websocket
 
+from ddp_lib.course.site import write_site
 from tests.lab.ports import free_port
 from tests.lab.project import ROOT
 
@@ -188,3 +189,26 @@ def test_the_terminal_finds_ddp_launch(lab, project):
             kind, *texts = json.loads(terminal.recv())
             shown += "".join(texts) if kind == "stdout" else ""
     assert f"{project}/.venv/bin/ddp-launch" in shown
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_site_fits_the_screen_and_is_searched(width, page, tmp_path):
+    write_site(ROOT / "notebooks", tmp_path / "site")
+    page.set_viewport_size({"width": width, "height": 800})
+    page_errors: list[str] = []
+    page.on("pageerror", lambda error: page_errors.append(str(error)))
+    for path in sorted((tmp_path / "site").glob("*.html")):
+        page.goto(path.as_uri())
+        widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert widths[0] <= widths[1], path.name
+        unseen = "[...document.images].filter(i => !i.naturalWidth || i.clientWidth > innerWidth).length"
+        assert page.evaluate(unseen) == 0, path.name
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    page.click("header button")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") != theme
+    page.fill("header input", "set_epoch order")
+    page.click(".results li:first-child a")
+    page.wait_for_url("**/*.html#*")
+    assert "set_epoch" in page.inner_text("main")
+    assert page_errors == []

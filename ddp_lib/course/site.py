@@ -1,0 +1,122 @@
+"""The course as a web site: one page per notebook, contents, search; needs no network, to write or to read.
+
+nbconvert renders the cells; the frame around them is `page/`.
+"""
+
+import html
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from ddp_lib.errors import UserError
+
+_FRAME = Path(__file__).with_name("page")
+_TITLE = "Distributed data parallel training with PyTorch"
+
+
+@dataclass(frozen=True)
+class Page:
+    """name: of its file, without .html. body: HTML."""
+
+    name: str
+    title: str
+    body: str
+
+    @property
+    def link(self) -> str:
+        return f"{self.name}.html"
+
+
+def write_site(course: Path, out: Path) -> list[str]:
+    """Writes the pages to `out`; returns lines that say so.
+
+    UserError if there are no notebooks, or `out` cannot be written, or holds something else.
+    """
+    notebooks = sorted(course.glob("*.ipynb"))
+    if not notebooks:
+        raise UserError(f"{course} holds no notebooks: give the folder of the course")
+    if out.exists() and not (out / "sections.js").exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds something else than this site: give another folder, or empty it")
+    chapters = [_chapter(path) for path in notebooks]
+    linked = sorted({name for page in chapters for name in re.findall(r'href="(\.\./[^"#]+\.md)', page.body)})
+    others = [_markdown(course / name) for name in linked]
+    items = "".join(f'<li><a href="{page.link}">{html.escape(page.title)}</a></li>' for page in chapters)
+    index = Page("index", _TITLE, f'<h1>{_TITLE}</h1><ul class="contents">{items}</ul>')
+    sections = [section for page in [*chapters, *others] for section in _sections(page)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, page in enumerate(chapters):
+            previous = chapters[number - 1] if number else index
+            _write(out, page, previous, *chapters[number + 1 : number + 2])
+        for page in [index, *others]:
+            _write(out, page, index)
+        (out / "sections.js").write_text(f"const SECTIONS = {json.dumps(sections)};\n", encoding="utf-8")
+        for file in ("style.css", "script.js"):
+            shutil.copyfile(_FRAME / file, out / file)
+        with open(out / "style.css", "a", encoding="utf-8") as style:
+            style.write(_code_colours())
+    except OSError as error:
+        raise UserError(f"cannot write the site to {out}: {error}") from error
+    return [f"{out / 'index.html'}: {len(chapters)} chapters, {len(sections)} sections to search"]
+
+
+def _chapter(path: Path) -> Page:
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+    return Page(path.stem, f"{path.stem[:2]} {_first_heading(body)}", body)
+
+
+def _markdown(path: Path) -> Page:
+    from nbconvert.filters import markdown2html
+
+    body = markdown2html(path.read_text(encoding="utf-8"))
+    return Page(path.stem.lower(), _first_heading(body), body)
+
+
+def _first_heading(body: str) -> str:
+    return _plain(re.search(r"<h1.*?</h1>", body, re.S)[0])  # type: ignore[index]
+
+
+def _plain(body: str) -> str:
+    """The text of a piece of HTML."""
+    without = re.sub(r'<a class="anchor-link".*?</a>|<img[^>]*>|<style.*?</style>', "", body, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", without)).split())
+
+
+def _sections(page: Page) -> list[dict[str, str]]:
+    """What can be found: the text from each heading to the next."""
+    parts = re.split(r'(<h[1-3][^>]* id="[^"]+".*?</h[1-3]>)', page.body, flags=re.S)
+    sections = []
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        anchor = re.findall(r'id="([^"]+)"', heading)[0]
+        name = page.title[:2] if page.title[:2].isdigit() else page.title
+        link, words = f"{page.link}#{anchor}", _plain(heading + text).lower()
+        sections.append({"page": name, "title": _plain(heading), "link": link, "text": words})
+    return sections
+
+
+def _write(out: Path, page: Page, previous: Page, following: Page | None = None) -> None:
+    body = re.sub(r'href="(?:\.\./)?(?:\w+/)*(\w+)\.(?:ipynb|md)(#[^"]*)?"', _as_page, page.body)
+    steps = f'<a href="{previous.link}">&larr; {html.escape(previous.title)}</a>'
+    if following:
+        steps += f'<a href="{following.link}">{html.escape(following.title)} &rarr;</a>'
+    frame = Template((_FRAME / "frame.html").read_text(encoding="utf-8"))
+    text = frame.substitute(title=html.escape(page.title), body=body, steps=steps)
+    (out / page.link).write_text(text, encoding="utf-8")
+
+
+def _as_page(link: re.Match[str]) -> str:
+    name, anchor = link.groups()
+    return f'href="{name if name[:2].isdigit() else name.lower()}.html{anchor or ""}"'
+
+
+def _code_colours() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs('[data-theme="dark"] .highlight')
+    return f"{light}\n{dark}\n.highlight {{ background: none !important; }}\n"
