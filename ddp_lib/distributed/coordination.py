@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LINGER_S = 3.0
 # A wait inside C++ holds the connection and blocks signal handlers, so ranks wait in pieces this long.
 WAIT_S = 0.5
+# How many posts rank 0 reads at a time: of many ranks, nearly all come at once.
+_BATCH = 64
 # How long a rank that timed out waits for the others to say that they did too.
 _SILENT_S = 2.0
 # How much longer than its own timeout a rank waits for rank 0 to publish who is missing.
@@ -79,17 +81,17 @@ class StoreGroup:
             return self.broadcast(what, None, timeout_s, deadline if complete else deadline + _ANSWER_S)
         try:
             values = {0: json.loads(json.dumps(value))}
-            for number in range(1, self.world_size):
-                text = wait_for(self.store, f"{self._key}/{number}", deadline)
-                if text is None and complete:
+            while len(values) < self.world_size:
+                texts = self._next_posts(len(values), deadline)
+                if not texts and complete:
                     raise TransientError(self._who_is_missing(what, timeout_s))
-                if text is None:
+                if not texts:
                     break
-                record = json.loads(text)
-                if "error" in record:
-                    raise PeerError(record["error"], record["status"])
-                check(record["rank"], record["value"])
-                values[record["rank"]] = record["value"]
+                for record in map(json.loads, texts):
+                    if "error" in record:
+                        raise PeerError(record["error"], record["status"])
+                    check(record["rank"], record["value"])
+                    values[record["rank"]] = record["value"]
             answer = conclude([values.get(rank) for rank in range(max(values) + 1)])
         except UserError as error:
             self._publish(error)
@@ -198,6 +200,17 @@ class StoreGroup:
         if self.rank is None:
             self.rank = number
         self.store.set(f"{self._key}/{number}", json.dumps({"rank": self.rank, **record}))
+
+    def _next_posts(self, number: int, deadline: float) -> list[str]:
+        """On rank 0: post `number` of the current call, as soon as it is there, and those after it that have
+        come too. Empty at the deadline."""
+        text = wait_for(self.store, f"{self._key}/{number}", deadline)
+        if text is None:
+            return []
+        came = self.store.add(f"{self._key}/arrived", 0)
+        keys = [f"{self._key}/{n}" for n in range(number + 1, min(came + 1, number + _BATCH))]
+        more = self.store.multi_get(keys) if keys and self.store.check(keys) else []
+        return [text, *(value.decode() for value in more)]
 
     def _who_is_missing(self, what: str, timeout_s: float) -> str:
         keys = [f"{self._key}/{n}" for n in range(self.store.add(f"{self._key}/arrived", 0) + 1)]

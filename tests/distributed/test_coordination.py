@@ -70,9 +70,7 @@ def test_operations_of_a_join_grow_with_the_number_of_ranks_and_no_faster(monkey
         assert ends == [("gloo", "rank 0 on " + ends[0][1].split()[3] + " why")] * size
         total[size], most[size] = sum(operations), max(operations[1:])
     assert most[4] == most[16] == most[64]
-    per_rank = (total[16] - total[4]) / 12
-    assert (total[64] - total[16]) / 48 == per_rank
-    assert per_rank < 20
+    assert all(total[size] < 20 * size for size in total)  # rank 0 reads several posts at once if it can
 
 
 def test_every_rank_gets_what_rank_0_concludes():

@@ -1,0 +1,151 @@
+"""Many ranks: joining a group, and exchanging a value over the store.
+
+python benchmarks/many_ranks.py [--rounds 5] [--ranks 64] [--clients 256 1024]
+
+- Real ranks, started by run_ranks on this machine: from the moment at which the first of them calls
+  World.join, or init_process_group with gloo, to the end of the first barrier on all.
+- Simulated clients of the store: threads of some processes, each with a connection of its own, which take
+  part in one `exchange`. Beside them, the same clients at a bare TCPStore: each sets one key and waits for
+  another, which the last of them sets.
+
+The ways take turns in each round, so that a moment in which the machine is busy affects both alike.
+"""
+
+import argparse
+import os
+import statistics
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from report import save, table
+
+from ddp_lib import World, run_ranks
+
+TIMEOUT_S = 600.0
+HOLDERS = 32  # processes with the clients, but for client 0, which has one of its own
+
+
+def by_torch() -> tuple[float, float]:
+    """The seconds since the epoch at which this rank began, and at which it left the barrier."""
+    import torch.distributed as dist
+
+    began = time.time()
+    dist.init_process_group("gloo")
+    dist.barrier()
+    ended = time.time()
+    dist.destroy_process_group()
+    return began, ended
+
+
+def by_world() -> tuple[float, float]:
+    import torch.distributed as dist
+
+    began = time.time()
+    with World.join("gloo", log=lambda line: None):
+        dist.barrier()
+        return began, time.time()
+
+
+def join(way: Any, ranks: int) -> float:
+    times = run_ranks(way, ranks, timeout_s=TIMEOUT_S)
+    return max(ended for _, ended in times) - min(began for began, _ in times)
+
+
+def bare(store: Any, rank: int, size: int) -> None:
+    if store.add("set", 1) == size:
+        store.set("all", "")
+    store.wait(["all"])
+
+
+def exchange(store: Any, rank: int, size: int) -> None:
+    from ddp_lib.distributed.coordination import StoreGroup
+
+    StoreGroup(store, rank, size).exchange("value", rank, TIMEOUT_S)
+
+
+def hold_clients(port: int, size: int, rounds: int) -> list[tuple[float, float]]:
+    """On each rank: the process of some clients, rank 0 of client 0 alone, which is the busiest.
+
+    Returns, for each round and way, when all began, and when the last client of this process was done.
+    """
+    import torch.distributed as dist
+
+    me, holders = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+
+    def connect() -> Any:
+        timeout = timedelta(seconds=TIMEOUT_S)
+        return dist.TCPStore("127.0.0.1", port, timeout=timeout, wait_for_workers=False)
+
+    control, clients = connect(), {rank: connect() for rank in range(me, size if me else 1, holders)}
+    times = []
+    for number, way in enumerate([bare, exchange] * rounds):
+        go, ends = threading.Event(), []
+
+        def take_part(
+            rank: int, way: Any = way, name: str = f"{number}", go: Any = go, ends: Any = ends
+        ) -> None:
+            go.wait()
+            way(dist.PrefixStore(name, clients[rank]), rank, size)
+            ends.append(time.time())
+
+        threads = [threading.Thread(target=take_part, args=(rank,)) for rank in clients]
+        for thread in threads:
+            thread.start()
+        if control.add(f"ready{number}", 1) == holders + 1:
+            control.set(f"began{number}", str(time.time()))
+        began = float(control.get(f"began{number}"))
+        go.set()
+        for thread in threads:
+            thread.join()
+        times.append((began, max(ends)))
+    return times
+
+
+def measure_clients(size: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each round: at a bare store, and of an exchange."""
+    import torch.distributed as dist
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    by_process = run_ranks(hold_clients, HOLDERS + 1, server.port, size, rounds, timeout_s=TIMEOUT_S)
+    seconds = [max(end for _, end in times) - times[0][0] for times in zip(*by_process, strict=True)]
+    return seconds[0::2], seconds[1::2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--clients", type=int, nargs="*", default=[256, 1024])
+    options = parser.parse_args()
+    rows, findings = [], []
+
+    def add(names: tuple[str, str], seconds: tuple[list[float], list[float]], finding: str) -> None:
+        for name, runs in zip(names, seconds, strict=True):
+            rows.append({"name": name, "unit": "s", "runs": [round(run, 4) for run in runs]})
+        ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
+        findings.append(finding.format(f"{ratio:.2f}"))
+        print(findings[-1], flush=True)
+
+    for size in options.ranks:
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(options.rounds):
+            for way, taken in zip((by_torch, by_world), times, strict=True):
+                taken.append(join(way, size))
+        names = (f"{size} ranks, init_process_group", f"{size} ranks, World.join")
+        add(names, times, f"{size} ranks join by World.join in {{}} of the time of init_process_group.")
+    for size in options.clients:
+        seconds = measure_clients(size, options.rounds)
+        names = (f"{size} clients, bare store", f"{size} clients, exchange")
+        text = f"An exchange among {size} clients takes {{}} of the time at a bare store."
+        add(names, seconds, text)
+    what = (
+        "From the first rank's call to the end of the first barrier on all, ranks started by run_ranks; and "
+        f"one exchange over the store among simulated clients, which {HOLDERS + 1} processes hold."
+    )
+    print(table(save("many_ranks", "Many ranks", what, rows, findings)["rows"]))
+
+
+if __name__ == "__main__":
+    main()
