@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ddp_lib.errors import UserError, require_seconds
 
 # Fields that may differ between the machines of a run: paths and timeouts. Data is compared by its content.
-PER_MACHINE = frozenset("run_dir data_dir data backend data_timeout_s".split())
+PER_MACHINE = frozenset("run_dir data_dir data data_timeout_s".split())
 # Fields that may differ when a run is resumed: they do not change what is computed. Data is compared by its
 # content.
 FREE_ON_RESUME = frozenset(
@@ -64,7 +64,7 @@ class TrainConfig:
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints within an epoch; one is also written at the end of each epoch."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """auto: nccl if every local rank has a GPU, else gloo."""
+    """auto: nccl if every rank has a GPU of its own, else gloo and the CPU; refused if only some have one."""
     join_timeout_s: float = 60.0
     """Seconds to wait for the master and the other ranks at the start."""
     timeout_s: float = 120.0

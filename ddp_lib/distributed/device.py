@@ -1,4 +1,4 @@
-"""What this machine can offer a rank: threads, a backend, a device."""
+"""What this machine can offer a rank: threads, and memory that stays."""
 
 import ctypes
 import os
@@ -6,12 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from ddp_lib.errors import UserError
-
-if TYPE_CHECKING:  # loaded only if a device is asked for: the launcher counts cores without it
-    import torch
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -44,29 +38,6 @@ def _quotas(root: Path) -> Iterator[float]:
 def thread_budget(local_world_size: int) -> int:
     """Threads per rank: this machine's usable cores divided among its ranks."""
     return max(1, usable_cores() // local_world_size)
-
-
-def choose_backend(asked: str, local_world_size: int, gpus: int) -> tuple[str, str]:
-    """This machine's backend, and why. UserError for nccl without one GPU per local rank."""
-    have = f"{gpus} GPU(s) for {local_world_size} local rank(s)"
-    if asked not in ("auto", "gloo", "nccl"):
-        raise UserError(f"--backend {asked!r} is unknown: use auto, gloo or nccl")
-    if asked == "nccl" and gpus < local_world_size:
-        raise UserError(
-            f"--backend nccl needs one GPU per local rank, and there are {have}: use --backend gloo"
-        )
-    if asked != "auto":
-        return asked, "asked for"
-    return ("nccl" if gpus >= local_world_size else "gloo"), have
-
-
-def pick_device(backend: str, local_rank: int) -> "torch.device":
-    """This local rank's GPU for nccl; the first GPU, if any, for a single process; else the CPU."""
-    import torch
-
-    if backend == "nccl" or (backend == "none" and torch.cuda.is_available()):
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

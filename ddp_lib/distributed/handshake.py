@@ -4,6 +4,7 @@ import platform
 import socket
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ from ddp_lib import __version__
 from ddp_lib.distributed.addresses import mtu_cure, other_interfaces, own_address
 from ddp_lib.distributed.coordination import StoreGroup, require_equal
 from ddp_lib.distributed.environment import RankEnv
+from ddp_lib.distributed.placement import Place, Seen, place
 from ddp_lib.distributed.probe import LARGE_LOST, Probe, connect_all
 from ddp_lib.errors import PeerError, TransientError, UserError
 
@@ -21,15 +23,13 @@ def versions() -> dict[str, str]:
     return {"ddp_lib": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def handshake(
-    group: StoreGroup, rank_env: RankEnv, backend: str, reason: str, timeout_s: float, deadline: float
-) -> tuple[str, str]:
-    """Compares all ranks with each other; returns the backend that all can use, and why.
+def handshake(group: StoreGroup, rank_env: RankEnv, seen: Seen, timeout_s: float, deadline: float) -> Place:
+    """Compares all ranks with each other; returns this rank's place.
 
-    backend, reason: what this rank could use. deadline: monotonic time, timeout_s after the start.
+    deadline: monotonic time, timeout_s after the start.
 
     UserError, on every rank, if two ranks have the same number, if WORLD_SIZE or the versions of torch or
-    ddp_lib differ, if machines cannot connect to each other, or if ranks do not come.
+    ddp_lib differ, if machines cannot connect to each other, if ranks do not come, or as `place` raises it.
     """
     host, size = socket.gethostname(), rank_env.world_size
     if group.store.check(["joined"]):
@@ -46,8 +46,7 @@ def handshake(
             "id": uuid4().hex,
             "host": host,
             "world_size": size,
-            "backend": backend,
-            "why": reason,
+            "seen": asdict(seen),
             "versions": versions(),
             "probe": [probe.address, probe.port] if probe else None,
         }
@@ -66,6 +65,7 @@ def handshake(
             for name in ("ddp_lib", "torch"):  # Python's version may differ
                 answers = [(theirs["host"], theirs["versions"][name]) for theirs in ranks]
                 require_equal(name, answers, "install the same on every machine")
+            _place_all(ranks)
             return ranks
 
         ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
@@ -80,10 +80,11 @@ def handshake(
     group.hosts = [theirs["host"] for theirs in ranks]
     if group.hosts_store:  # in an agent's store, the ranks of the next start would find it
         group.store.set("joined", f"{size} rank(s), of which {host} has number 0,")
-    for rank, theirs in enumerate(ranks):
-        if theirs["backend"] != "nccl":
-            return theirs["backend"], f"rank {rank} on {theirs['host']}: {theirs['why']}"
-    return backend, reason
+    return _place_all(ranks)[rank_env.rank]
+
+
+def _place_all(ranks: list[dict[str, Any]]) -> list[Place]:
+    return place([Seen(**theirs["seen"]) for theirs in ranks])
 
 
 def _taken(rank: int, first: str, second: str, size: int) -> UserError:

@@ -113,7 +113,6 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
         server = reach_store(rank_env.endpoint, join_timeout_s, rank_env.one_machine, silence_s)
         if not by_agent:
             require_job(server, job, rank_env.endpoint)
-    choose_interface(rank_env.endpoint, rank_env.one_machine, server, join_timeout_s / 2)
     # After a restart, the store of torchrun's agent still holds the previous attempt's keys. Rank 0's own
     # store is new each time, and must not use this count: each agent counts only its own failures.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else ""
@@ -125,7 +124,10 @@ def open_store(rank_env: RankEnv, env: Mapping[str, str], join_timeout_s: float)
         if not is_here(rank_env.endpoint):
             look = (rank_env.endpoint, prefix, store, me, time.monotonic() + join_timeout_s)
             threading.Thread(target=_look_for_other_rank0, args=look).start()
-    return StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
+    group = StoreGroup(store, rank_env.rank, rank_env.world_size, hosts)
+    with group.publishing_errors():
+        choose_interface(rank_env.endpoint, rank_env.one_machine, server, join_timeout_s / 2)
+    return group
 
 
 def claim(store: dist.Store, job: str) -> None:

@@ -20,9 +20,10 @@ import torch.distributed.nn.functional
 
 from ddp_lib.distributed.addresses import own_addresses
 from ddp_lib.distributed.coordination import StoreGroup
-from ddp_lib.distributed.device import choose_backend, pick_device, thread_budget
+from ddp_lib.distributed.device import thread_budget
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
 from ddp_lib.distributed.handshake import handshake, versions
+from ddp_lib.distributed.placement import first_device, look, place
 from ddp_lib.distributed.store import open_store
 from ddp_lib.errors import (
     TransientError,
@@ -44,7 +45,7 @@ class World(RankEnv):
         ...   # world.rank, world.world_size, world.device
     """
 
-    device: torch.device = field(default_factory=lambda: pick_device("none", 0))
+    device: torch.device = field(default_factory=first_device)
     backend: str = "none"
     store_group: StoreGroup = field(default_factory=StoreGroup, repr=False, compare=False)
     timeout_s: float = field(default=120.0, repr=False, compare=False)
@@ -78,7 +79,8 @@ class World(RankEnv):
         timeout_s: how long a collective waits for the slowest rank, seconds; default: what ddp-launch run
         was given as --timeout-s, else 120.
         log: called with one line that says what was chosen, and why. Default: rank 0 prints it.
-        Raises UserError if the environment is inconsistent or ranks do not come.
+        Raises UserError if the environment is inconsistent, ranks do not come, or not all that need a GPU
+        have one (see `place`).
         """
         env = os.environ if environ is None else environ
         rank_env = read_rank_env(env, **flags)
@@ -89,25 +91,25 @@ class World(RankEnv):
         require_seconds("join_timeout_s", join_timeout_s)
         if "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(thread_budget(rank_env.local_world_size))
-        backend, reason = choose_backend(backend, rank_env.local_world_size, torch.cuda.device_count())
+        seen = look(rank_env, backend, env)
         if rank_env.world_size == 1:
-            group, backend, how = StoreGroup(), "none", "alone"
+            group, own, how = StoreGroup(), place([seen])[0], "alone"
         else:
             try:
                 group = open_store(rank_env, env, join_timeout_s)
                 deadline = started + join_timeout_s
                 with group.publishing_errors():
-                    backend, reason = handshake(group, rank_env, backend, reason, join_timeout_s, deadline)
+                    own = handshake(group, rank_env, seen, join_timeout_s, deadline)
             except TransientError as error:
                 if rank_env.hint:
                     raise TransientError(f"{error}{rank_env.hint}") from None
                 raise
-            how = f"backend {backend} ({reason})"
-        device = pick_device(backend, rank_env.local_rank)
+            how = f"backend {own.backend} ({own.why})"
+        numbers = {"local_rank": own.local_rank, "local_world_size": own.local_world_size}
         world = cls(
-            **vars(rank_env),
-            device=device,
-            backend=backend,
+            **{**vars(rank_env), **numbers},
+            device=torch.device(own.device),
+            backend=own.backend,
             store_group=group,
             timeout_s=timeout_s,
             group_of_one=rank_env.world_size == 1 and not dist.is_initialized(),

@@ -100,8 +100,8 @@ def _equal(reports: list[Report]) -> Iterator[str]:
             if report not in with_gpus:
                 yield (
                     f"{name(report)} has {report['gpus']} GPU(s) for {report['ranks']} rank(s), but "
-                    f"{name(with_gpus[0])} has {with_gpus[0]['gpus']}: all would train on gloo and the CPU; "
-                    "install the driver there, or say --backend gloo"
+                    f"{name(with_gpus[0])} has {with_gpus[0]['gpus']}: training is refused; install the "
+                    "driver there, or say --backend gloo, to train on the CPU"
                 )
 
 

@@ -13,6 +13,7 @@ from ddp_lib.distributed import coordination
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.handshake import handshake
+from ddp_lib.distributed.placement import Place, Seen
 from ddp_lib.errors import PeerError, UserError
 
 TIMEOUT_S = 60.0
@@ -53,13 +54,14 @@ def on_ranks(size: int, work: Callable[[StoreGroup], Any]) -> tuple[list[Any], l
     return ends, [store.calls.total() for store in stores]
 
 
-def join(group: StoreGroup) -> tuple[str, str]:
+def join(group: StoreGroup) -> Place:
     """The handshake, and what fit compares and asks for at its start."""
     env = RankEnv(group.rank, group.world_size, group.rank, group.world_size, 0, "127.0.0.1", 1)
-    backend = handshake(group, env, "gloo", "why", TIMEOUT_S, time.monotonic() + TIMEOUT_S)
+    seen = Seen("here", "here", "gloo", env.local_rank, env.local_world_size)
+    own = handshake(group, env, seen, TIMEOUT_S, time.monotonic() + TIMEOUT_S)
     group.exchange("flags", {"--lr": 0.1}, TIMEOUT_S, lambda values: None)
     assert group.broadcast("job", "abc" if group.rank == 0 else None, TIMEOUT_S) == "abc"
-    return backend
+    return own
 
 
 def test_operations_of_a_join_grow_with_the_number_of_ranks_and_no_faster(monkeypatch):
@@ -67,7 +69,8 @@ def test_operations_of_a_join_grow_with_the_number_of_ranks_and_no_faster(monkey
     total, most = {}, {}
     for size in (4, 16, 64):
         ends, operations = on_ranks(size, join)
-        assert ends == [("gloo", "rank 0 on " + ends[0][1].split()[3] + " why")] * size
+        why = "rank 0 on here: asked for"
+        assert ends == [Place("cpu", "gloo", why, rank, size) for rank in range(size)]
         total[size], most[size] = sum(operations), max(operations[1:])
     assert most[4] == most[16] == most[64]
     assert all(total[size] < 20 * size for size in total)  # rank 0 reads several posts at once if it can

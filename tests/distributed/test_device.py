@@ -1,4 +1,4 @@
-"""Backend, threads and memory of a rank."""
+"""Threads and memory of a rank."""
 
 import os
 import platform
@@ -7,21 +7,9 @@ import resource
 import pytest
 import torch
 
-from ddp_lib.distributed.device import choose_backend, keep_freed_memory, thread_budget, usable_cores
-from ddp_lib.errors import UserError
+from ddp_lib.distributed.device import keep_freed_memory, thread_budget, usable_cores
 from ddp_lib.notebook.run_ranks import run_ranks
 from tests.lab.joining import TIMEOUT_S
-
-
-def test_nccl_needs_a_gpu_per_rank():
-    assert choose_backend("auto", 2, 0)[0] == "gloo"
-    assert choose_backend("auto", 2, 1)[0] == "gloo"  # one GPU, two ranks in a notebook
-    assert choose_backend("auto", 2, 2)[0] == "nccl"
-    assert choose_backend("gloo", 1, 8)[0] == "gloo"
-    with pytest.raises(UserError, match="--backend gloo"):
-        choose_backend("nccl", 2, 1)
-    with pytest.raises(UserError, match="mpi"):
-        choose_backend("mpi", 1, 1)
 
 
 def test_ranks_divide_the_cores():

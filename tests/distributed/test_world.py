@@ -115,3 +115,33 @@ def test_a_model_left_in_a_function_does_not_abort_at_exit(fail):
     statuses, text = fork_pairs(LEAVE.replace("FAIL", str(fail)), [free_port(), free_port()])
     assert statuses == [int(fail)] * 4, text
     assert "terminate called" not in text
+
+
+REFUSES = """
+import sys
+from types import SimpleNamespace
+import torch
+from ddp_lib import UserError, World
+first_machine = os.environ["RANK"] == "0"
+if os.environ["MASTER_PORT"] == ports[0]:
+    if not first_machine:
+        os.environ["GLOO_SOCKET_IFNAME"] = "eth9"
+elif first_machine:
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid="GPU-1")
+try:
+    World.join(join_timeout_s=30)
+except UserError as error:
+    print(f"rank {os.environ['RANK']} hears: {error}\\n", end="")
+    sys.exit(2)
+"""
+
+
+@pytest.mark.ranks
+def test_a_machine_that_cannot_take_part_tells_the_others():
+    """One whose interface is not there, and one without a GPU where the other has one."""
+    statuses, text = fork_pairs(REFUSES, [free_port(), free_port()])
+    assert statuses == [2] * 4, text
+    for rank in range(2):
+        heard = " ".join(line for line in text.splitlines() if line.startswith(f"rank {rank} hears"))
+        assert "no interface 'eth9'" in heard and "no GPU of its own" in heard, text
