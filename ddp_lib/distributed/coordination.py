@@ -237,10 +237,16 @@ def wait_for(store: dist.Store, key: str, deadline: float) -> str | None:
 
 
 def compare(world: "World", what: str, values: dict[str, Any], cure: str, timeout_s: float) -> None:
-    """UserError, on every rank, if a value (anything JSON holds) differs between ranks.
+    """UserError, on every rank, if a value (anything JSON holds, on no device) differs between ranks.
 
-    The message names the value, the machine, and `cure`.
+    The message names the value, the machine, and `cure`. UserError too if a value is a tensor.
     """
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{name} is a tensor, on {value.device}: compare takes plain values, such as "
+                "tensor.tolist(), or a digest of it"
+            )
 
     def conclude(answers: list[Any]) -> None:
         for name in values:

@@ -1,7 +1,7 @@
 """Which backend the ranks use, and which device each: a function of what all of them see."""
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,16 @@ def _why_no_gpu(environ: Mapping[str, str]) -> str:
 def first_device() -> torch.device:
     """That of a single rank."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def require_device(what: str, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """UserError if a tensor of `what` is not on `device`, this rank's."""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise UserError(
+                f"{what} is on {tensor.device}, but this rank computes on {device}: move it there first, "
+                "with .to(world.device)"
+            )
 
 
 def place(ranks: Sequence[Seen]) -> list[Place]:

@@ -23,7 +23,7 @@ from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.distributed.environment import RankEnv, read_rank_env
 from ddp_lib.distributed.handshake import handshake, versions
-from ddp_lib.distributed.placement import first_device, look, place
+from ddp_lib.distributed.placement import first_device, look, place, require_device
 from ddp_lib.distributed.store import open_store
 from ddp_lib.errors import (
     TransientError,
@@ -182,13 +182,23 @@ class World(RankEnv):
         return numbers | dict(host=socket.gethostname(), backend=self.backend, device=str(self.device))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over all ranks, in place, on every rank."""
+        """Sum of `values` over all ranks, in place, on every rank. Devices and UserError as in `reduce`."""
         return self.reduce(values, dist.ReduceOp.SUM)
 
     def reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        """`values` of all ranks combined by `op`, in place, on every rank."""
+        """`values` of all ranks combined by `op`, in place, on every rank.
+
+        values: on this rank's device or on the CPU, also if other ranks' are not: they are combined on the
+        ranks' devices. (In a group for both, a tensor on the CPU would go to gloo, and wait there for ranks
+        that went to NCCL.) UserError if they are on any other device.
+        """
+        if values.device.type != "cpu":
+            require_device("the tensor", [values], self.device)
         if self.world_size > 1:
-            dist.all_reduce(values, op)
+            here = values.to(self.device)
+            dist.all_reduce(here, op)
+            if here is not values:
+                values.copy_(here)
         return values
 
     def max(self, number: int) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
+from ddp_lib.distributed.placement import require_device
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 
@@ -25,10 +26,11 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 
     Buffers (BatchNorm's running statistics) are not broadcast at every step. Call `share_buffers` before you
     validate or save. A model that reads its buffers while it trains (spectral_norm, codebooks) needs
-    DistributedDataParallel itself.
+    DistributedDataParallel itself. UserError if it has parameters on another device than the rank's.
     """
     if world.world_size == 1:
         return model
+    require_device("the model", model.parameters(), world.device)
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,

@@ -1,6 +1,7 @@
 """Exact evaluation: every image counted once, on any number of ranks."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import nn
 from ddp_lib.data.batch import make_batch
 from ddp_lib.data.dataset import Dataset
 from ddp_lib.data.sampler import eval_batches
+from ddp_lib.distributed.placement import require_device
 from ddp_lib.distributed.world import World
 from ddp_lib.training.ddp import share_buffers
 
@@ -38,8 +40,9 @@ def evaluate(model: nn.Module, data: Dataset, world: World, split: str = "test")
     Each rank takes whole batches of a fixed size, so each batch and all bits of its logits are the same on
     any number of ranks. Sums and counts are added up, never means. Rank 0's BatchNorm buffers go to all ranks
     first, since they differ. Leaves the model in eval mode. Computes in the precision of the parameters, as a
-    plain process that loads the weights would.
+    plain process that loads the weights would. UserError if the model is not on the rank's device.
     """
+    require_device("the model", chain(model.parameters(), model.buffers()), world.device)
     share_buffers(model, world)
     model.eval()
     part = {"test": data.test, "train": data.train}[split]

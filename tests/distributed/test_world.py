@@ -8,6 +8,7 @@ import torch
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.coordination import all_gather_results, broadcast_result, compare
 from ddp_lib.distributed.world import World
+from ddp_lib.errors import UserError
 from tests.lab.joining import fork_pairs, four, outcome, start
 from tests.lab.ports import free_port
 
@@ -32,6 +33,26 @@ def test_alone_has_a_group_for_ddp():
         assert torch.distributed.get_world_size() == 1
         del model
     assert not torch.distributed.is_initialized()
+
+
+# The device "meta", which holds no data, stands for a GPU.
+
+
+def test_values_on_another_device_are_refused_in_one_line():
+    world = World(device=torch.device("cpu"))
+    for call in (world.sum, lambda values: compare(world, "x", {"loss": values}, "cure", 1)):
+        with pytest.raises(UserError, match=r"\bon meta\b.*(to\(world.device\)|tolist\(\))"):
+            call(torch.zeros(2, device="meta"))
+
+
+def test_a_tensor_on_the_cpu_is_reduced_where_the_others_are(monkeypatch):
+    reduced = []
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda values, op: reduced.append(values.device.type)
+    )
+    with pytest.raises(NotImplementedError):  # there is nothing to copy back
+        World(device=torch.device("meta"), world_size=2).sum(torch.zeros(2))
+    assert reduced == ["meta"]
 
 
 STUCK = """

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ddp_lib import Metrics, RankError, RunLog, World, check_replicas, read_run, run_ranks, warm_up, wrap
+from ddp_lib.errors import UserError
 from ddp_lib.run_dir.log import read_events
+from ddp_lib.training.evaluate import evaluate
 from tests.lab.runs import TIMEOUT_S
 
 
@@ -52,6 +54,17 @@ def test_warming_up_leaves_parameters_and_buffers_as_they_were():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_model_on_another_device_is_refused_in_one_line(part):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model[part].to("meta")
+    world = World(device=torch.device("cpu"), world_size=2)
+    line = r"the model is on meta, but this rank computes on cpu: move it there first"
+    for call in (wrap, lambda model, world: evaluate(model, None, world)):
+        with pytest.raises(UserError, match=line):
+            call(model, world)
 
 
 def test_the_log_of_a_script_is_read_as_the_trainings(tmp_path):
