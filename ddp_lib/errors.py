@@ -1,5 +1,7 @@
 """UserError: a mistake that the reader can correct."""
 
+import re
+
 # Exit statuses, by which a job scheduler decides: see README. 75 is EX_TEMPFAIL of sysexits.h.
 WILL_FAIL_AGAIN, MAY_PASS = 2, 75
 
@@ -57,7 +59,10 @@ _LIMITS = (
 
 
 def limit_reached(error: BaseException) -> str:
-    """The limit that this exception, or the one it came from, met, and the cure; empty if it is none."""
+    """The limit of the system that this exception, or the one it came from, met, and the cure; empty if it
+    is none, or a GPU's (see `gpu_cause`)."""
+    if gpu_cause(str(error)):
+        return ""
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(texts) < 10:
@@ -110,3 +115,61 @@ def is_peer_gone(error: BaseException) -> bool:
 def is_timeout(error: BaseException) -> bool:
     """Whether a collective failed because another rank did not come."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TIMED_OUT)
+
+
+# What NCCL and CUDA say, the most telling signs first, and the cure.
+_GPU_CURES = (
+    (
+        "[Dd]uplicate GPU",
+        "two ranks have taken one GPU (slices of it by MIG count as one): start one rank per GPU, and set "
+        "LOCAL_RANK if you start the ranks yourself",
+    ),
+    (
+        r"/dev/shm|shared memory|fallocate|No space left",
+        "/dev/shm is too small: in a container give --shm-size 1g or more, in Kubernetes mount an emptyDir "
+        "with medium: Memory there",
+    ),
+    (
+        "driver version is insufficient|driver on your system is too old|Insufficient driver|unsupported PTX",
+        "the NVIDIA driver is too old for this torch: update it, or install a torch for an older CUDA",
+    ),
+    (
+        "no (socket )?interface found|No (usable listening|IP) interface found",
+        "NCCL finds no network interface: correct NCCL_SOCKET_IFNAME and NCCL_IB_HCA, or unset them",
+    ),
+    ("Too many open files", "raise `ulimit -n`, or start fewer ranks"),
+    ("out of memory", "the GPU is full: end what else runs there (nvidia-smi), or lower the batch size"),
+    (
+        "ibv_reg_mr|memlock",
+        "InfiniBand needs locked memory: ulimit -l unlimited; in Docker --ulimit memlock=-1",
+    ),
+    (
+        "Connection (refused|timed out)|No route to host|[Cc]onnect to .* failed",
+        "open all ports between the machines, and set NCCL_SOCKET_IFNAME to the interface that joins them",
+    ),
+    ("remote process|ncclRemoteError|by (remote )?peer", "another rank ended first: look at its output"),
+    ("NCCL error|nccl[A-Z]", "start again with NCCL_DEBUG=WARN: NCCL then prints what failed"),
+    (
+        "device-side assert",
+        "an index is out of range, such as a label: CUDA_LAUNCH_BLOCKING=1 shows the line",
+    ),
+    ("invalid device ordinal", "there is no GPU of this number here: take cuda:LOCAL_RANK, or world.device"),
+    ("CUDA error|Cuda failure", "the GPU or its driver fails: look at nvidia-smi, and at dmesg for Xid"),
+)
+
+
+def gpu_cause(text: str) -> tuple[str, str] | None:
+    """What NCCL or CUDA failed of, and the cure, from the text of torch's exception; None if it is another's.
+
+    torch puts the cause last, behind "Last error:", below lines that are the same for many causes.
+    """
+    lines = [line.strip() for line in text.strip().splitlines()[:20]]
+    if not lines or not re.search("NCCL|nccl|CUDA|Cuda|NVIDIA", lines[0]):
+        return None
+    cure = next((cure for sign, cure in _GPU_CURES if re.search(sign, "\n".join(lines))), None)
+    if cure is None:
+        return None
+    last = next((number for number, line in enumerate(lines) if line.endswith("Last error:")), len(lines))
+    # Without it, the first line says at least which kind, such as unhandled system error.
+    told = next(filter(None, lines[last + 1 :]), re.sub(r"^.*NCCL error in: [^,]*, ", "", lines[0]))
+    return told[:200], cure

@@ -34,6 +34,7 @@ from ddp_lib.run_dir.resume import describe_model, open_run, write_results
 from ddp_lib.training.build import blame_model, build_same_model
 from ddp_lib.training.ddp import (
     check_replicas,
+    compile_cure,
     copy_state,
     gradient_sync,
     share_buffers,
@@ -250,11 +251,11 @@ def make_replica(
         with autocast(precision, world.device):
             warm_up(net, x)
     except RuntimeError as error:
-        if not config.compile:
+        cure = compile_cure(error) if config.compile else None
+        if cure is None:
             raise
         raise UserError(
-            f"--compile True: the model cannot be compiled here ({first_line(error)}): install "
-            "a C++ compiler, or leave the flag out"
+            f"--compile True: the model cannot be compiled here ({first_line(error)}): {cure}"
         ) from error
     if resumed:
         model.load_state_dict(resumed["model"])

@@ -29,6 +29,7 @@ from ddp_lib.errors import (
     TransientError,
     UserError,
     first_line,
+    gpu_cause,
     is_peer_gone,
     is_timeout,
     limit_reached,
@@ -128,9 +129,9 @@ class World(RankEnv):
 
     def _init_process_group(self) -> None:
         gpu = self.device if self.device.type == "cuda" else None
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             dist.init_process_group(
                 # NCCL serves no tensors on the CPU.
                 "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
@@ -147,10 +148,14 @@ class World(RankEnv):
             if limit := limit_reached(error):
                 raise TransientError(limit) from error
             kind = TransientError if is_peer_gone(error) or is_timeout(error) else UserError
+            cause, cure = gpu_cause(str(error)) or (
+                first_line(error),
+                "open all ports between the machines, and set GLOO_SOCKET_IFNAME to the interface that joins "
+                "them",
+            )
             raise kind(
                 f"rank {self.rank} reached the master, but the ranks could not connect to each other "
-                f"({first_line(error)}): open all ports between the machines, and set "
-                "GLOO_SOCKET_IFNAME to the interface that joins them"
+                f"({cause}): {cure}"
             ) from error
 
     def _init_group_of_one(self) -> None:

@@ -10,6 +10,7 @@ import sys
 
 def main(words: list[str]) -> None:
     os.environ["DDP_LIB_PREFIXED"] = "1"  # the launcher shows each line with its rank in front
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # its log gets the stacks if it dies of SIGSEGV
     os.dup2(1, 2)  # one log for both, in the order of what was written
     if sys.platform == "linux":
         import ctypes

@@ -12,8 +12,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.api import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from ddp_lib.errors import MAY_PASS, PEER_GONE, WILL_FAIL_AGAIN
-from ddp_lib.launch.rank_log import RankLogs, last_exception, read_tail
+from ddp_lib.errors import MAY_PASS, PEER_GONE, WILL_FAIL_AGAIN, gpu_cause
+from ddp_lib.launch.rank_log import RankLogs, last_exception, read_tail, split_fatal
 from ddp_lib.processes.exit_status import first_cause
 from ddp_lib.processes.memory import OOM_KILLS, oom_kills
 
@@ -94,7 +94,7 @@ def read_failure(
     at, consequence = process.timestamp + 1.0, 0  # for a rank that wrote nothing, torch gives whole seconds
     if log and log.exists():
         at = log.stat().st_mtime  # of what it printed last
-    text = read_tail(log) if log else ""
+    text, fatal = split_fatal(read_tail(log) if log else "", died=code < 0)
     exception = last_exception(text)
     message: dict[str, Any] = process.message if isinstance(process.message, dict) else {}
     extra = message.get("extraInfo", {})
@@ -109,7 +109,8 @@ def read_failure(
     elif exception and raised and (code in (1, -signal.SIGABRT) or ended):
         kind, _, said = exception.line.partition(": ")
         where = f" ({exception.where})" if exception.where and kind not in _OWN else ""
-        line = f"{name}: {said if kind in _OWN else exception.line}{where}"
+        told = ": ".join([kind, *(gpu_cause(exception.text) or [said])]) if said else kind
+        line = f"{name}: {said if kind in _OWN else told}{where}"
         status = _OWN.get(kind, WILL_FAIL_AGAIN if kind in _WRONG_PROGRAM else 1)
         if kind == _PEER_ERROR:  # another rank's, heard from it
             line, consequence = said, 1
@@ -129,7 +130,9 @@ def read_failure(
         # Without a log: perhaps NCCL's watchdog.
         consequence = int(code == -signal.SIGABRT and log is None)
         waited = bool(consequence) and torch.cuda.device_count() > 0
-        line = f"{name} died of {process.signal_name()}"
+        line = f"{name} died of {process.signal_name()}" + (f" at {fatal}" if fatal else "")
+        if cause := gpu_cause("".join(text[-_LAST:].rpartition("NCCL error")[1:])):
+            line += f" ({cause[0]}): {cause[1]}"
     elif code - 128 in (signal.SIGINT, signal.SIGTERM):
         line = f"{name} was stopped by {signal.Signals(code - 128).name}"
     elif log:

@@ -23,6 +23,9 @@ _FRAME = re.compile(
     r'^ +File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>.+)\n(?: {4,}(?P<source>\S.*)\n)?',
     re.M,
 )
+# What faulthandler writes if the process dies of SIGSEGV or SIGABRT: innermost frames first.
+_FATAL = "Fatal Python error: "
+_FATAL_FRAME = re.compile(r'^  File "(?P<file>[^"\n]+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
 _EXCEPTION = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$", re.M)
 
 
@@ -136,6 +139,21 @@ def last_exception(text: str) -> LastException | None:
         where = describe(place)
     text = blocks[-1][exception.start() :]
     return LastException(exception[0].strip(), text, where, frames[-1]["file"])
+
+
+def split_fatal(text: str, died: bool) -> tuple[str, str]:
+    """What a process printed before faulthandler's stacks, and the line of the reader's own code at which it
+    then stood, empty if not known. died: whether it died of a signal; else the stacks are another process's,
+    such as a DataLoader's worker."""
+    before, fatal, stacks = f"\n{text}".rpartition(f"\n{_FATAL}") if died else (text, "", "")
+    if not fatal:
+        return text, ""
+    # The thread that got the signal; or the main thread, which is last, if that runs no Python.
+    threads = sorted(stacks.split("\n\n")[::-1], key=lambda thread: not thread.startswith("Current thread"))
+    frames = (frame for thread in threads for frame in _FATAL_FRAME.finditer(thread))
+    own = next((frame for frame in frames if not is_library(frame["file"])), None)
+    place = FrameSummary(own["file"], int(own["line"]), own["function"]) if own else None
+    return before[1:], describe(place) if place else ""
 
 
 def read_tail(path: Path) -> str:

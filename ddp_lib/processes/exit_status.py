@@ -22,6 +22,7 @@ from ddp_lib.errors import (
     TransientError,
     UserError,
     first_line,
+    gpu_cause,
     is_peer_gone,
     is_timeout,
     limit_reached,
@@ -77,7 +78,7 @@ class Outcome:
         if error is self.reported:
             return
         self.reported, self.status = error, getattr(error, "status", WILL_FAIL_AGAIN)
-        text = " ".join(str(error).split())[:300]
+        text = ": ".join(gpu_cause(str(error)) or [" ".join(str(error).split())[:300]])
         match error:
             case UserError():
                 self._say(str(error), consequence=isinstance(error, PeerError))

@@ -135,7 +135,7 @@ def _become_rank() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
-    faulthandler.disable()  # torch's agent enables it; here a death by signal is one line
+    faulthandler.enable()  # a death by SIGSEGV or SIGABRT leaves its stacks
     set_threads()
     restore_start_method()
     collect_garbage()

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lib.distributed.collectives import broadcast_bytes, gather_bytes
 from ddp_lib.distributed.placement import require_device
 from ddp_lib.distributed.world import World
-from ddp_lib.errors import UserError
+from ddp_lib.errors import UserError, lost_a_peer
 
 # torch 2.15 renames the parameter; 2.11 has only the old name.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -77,6 +78,20 @@ def warm_up(net: nn.Module, *inputs: Any, loss: Callable[[Any], torch.Tensor] = 
             )
     net.zero_grad(set_to_none=True)
     net.load_state_dict(before)
+
+
+def compile_cure(error: BaseException) -> str | None:
+    """What to do if torch.compile itself raised `error` in `warm_up`; None for other errors, such as too
+    little memory or a lost peer."""
+    text = f"{type(error).__name__}: {error}"
+    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    if not compiler or "OutOfMemoryError" in text or lost_a_peer(text):
+        return None
+    if re.search(r"C(\+\+)? compile|Compiler: ", text):
+        return "install a C++ compiler, or leave the flag out"
+    if re.search("[Tt]riton", text):
+        return "install the triton that fits this torch, or leave the flag out"
+    return "leave the flag out"
 
 
 def share_buffers(model: nn.Module, world: World) -> None:

@@ -16,6 +16,30 @@ REFUSED = traceback(MAIN, ends="ValueError: bad")
 CLOSED = "Connection closed by peer [10.0.0.2]:4711"
 TORCH = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 7, "all_reduce", "work.wait()")
 HUB = ("/usr/lib/python3/site-packages/hub/download.py", 7, "fetch", "raise")
+C10D = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 9, "barrier", "work = group.barrier()")
+NCCL = """torch.distributed.DistBackendError: NCCL error in: ../c10d/NCCLUtils.cpp:77, {} (run with \
+NCCL_DEBUG=WARN for details), NCCL version 2.27.5
+{}: This usually reflects invalid usage of NCCL library.
+Last error:
+{}"""
+TWICE = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device c1000"
+TWO = NCCL.format("invalid usage", "ncclInvalidUsage", TWICE)
+GONE = NCCL.format(
+    "remote process exited", "ncclRemoteError", "socketProgress: Connection closed by remote peer"
+)
+FATAL = """
+Fatal Python error: Segmentation fault
+
+Thread 0x00007f (most recent call first):
+  File "/usr/lib/python3/site-packages/tqdm/_monitor.py", line 60 in run
+
+Current thread 0x00007e (most recent call first):
+  File "/usr/lib/python3/site-packages/torch/nn.py", line 7 in forward
+  File "/home/me/train.py", line 41 in step
+  File "/home/me/train.py", line 90 in <module>
+
+Extension modules: numpy (total: 1)
+"""
 LATER = "\n".join(f"step {n}" for n in range(50))
 # Exit code, the log, what is expected: consequence, status, and words of the line.
 ENDS = {
@@ -31,6 +55,12 @@ ENDS = {
     "stopped from outside": (-15, "step 1\n", CAUSE, 143, "died of SIGTERM"),
     "NCCL's watchdog": (-6, f"{LATER}\nWatchdog caught collective operation timeout\n", LOST, 75, "watchdog"),
     "NCCL's lost peer": (-6, "what(): ncclSystemError: Connection reset by peer\n", LOST, 75, "lost it"),
+    "NCCL's cause": (1, traceback(MAIN, C10D, ends=TWO), CAUSE, 1, f"{TWICE}: two ranks have taken one GPU"),
+    "NCCL's cause, aborted": (-6, f"terminate called\nwhat(): {TWO}\n", CAUSE, 134, f"({TWICE}): two ranks"),
+    "NCCL's lost peer, raised": (1, traceback(MAIN, C10D, ends=GONE), LOST, 75, "remote peer: another rank"),
+    "a crash with stacks": (-11, f"step 1\n{FATAL}", CAUSE, 139, "SIGSEGV at train.py line 41 in step"),
+    "an exception, then an abort": (-6, REFUSED + FATAL, CAUSE, 1, "ValueError: bad (train.py line 90"),
+    "a crash of a worker": (1, FATAL + REFUSED, CAUSE, 1, "ValueError: bad (train.py line 90"),
     "an abort": (-6, "free(): invalid pointer\n", CAUSE, 134, "died of SIGABRT"),
 }  # fmt: skip
 

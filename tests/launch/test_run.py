@@ -104,6 +104,11 @@ FAILS = {
         r"rank 1 on {HOST}: IndexError: pop from empty list \(own.py line \d+ in <module>: \[\].pop\(\)\)",
         1,
     ),
+    "a crash in C": (
+        "if rank == 1:\n    import ctypes\n    ctypes.string_at(0)\nwhile True:\n    time.sleep(0.1)",
+        r"rank 1 on {HOST} died of SIGSEGV at own.py line \d+ in <module>: ctypes.string_at\(0\)",
+        139,
+    ),
     "a wrong flag": (
         'import argparse\nargparse.ArgumentParser(prog="own").parse_args()',
         r"rank [01] on {HOST} ended with status 2; it printed last: own: error: unrecognized .* --what",
