@@ -131,7 +131,7 @@ def _own(report: Report) -> Iterator[str]:
 
 
 def table(reports: list[Report], measured: list[Measured | None]) -> str:
-    """One line per machine."""
+    """One line per machine, and one that says what the table does not show."""
     rows = ["machine address interface reaches latency to-next clock torch GPUs ranks free data".split()]
     for number, (report, own) in enumerate(zip(reports, measured, strict=True)):
         rows.append(
@@ -148,7 +148,8 @@ def table(reports: list[Report], measured: list[Measured | None]) -> str:
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "not tested: NCCL (connections and rates are those of TCP)"])
 
 
 def _measured(number: int, own: Measured | None) -> list[str]:
