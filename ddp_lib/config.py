@@ -49,7 +49,8 @@ class TrainConfig:
     warmup: float = 0.2
     """Fraction of the steps in which the learning rate rises to its peak."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto: bf16 autocast if the processor supports it, else fp32. fp64 is for exact comparisons."""
+    """auto: bf16 autocast if rank 0's processor supports it, else fp32; a resumed run keeps what it began
+    with. fp64 is for exact comparisons."""
     augment: bool = True
     """Random crop (padding 2) and horizontal flip of the training images."""
     compile: bool = False

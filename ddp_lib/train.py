@@ -22,7 +22,7 @@ from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.data.batch import make_batch
 from ddp_lib.data.dataset import Dataset, load_dataset
 from ddp_lib.data.sampler import TrainSampler, batch_share
-from ddp_lib.distributed.coordination import all_reduce_status, compare
+from ddp_lib.distributed.coordination import all_reduce_status, broadcast_result, compare
 from ddp_lib.distributed.device import keep_freed_memory
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
@@ -58,18 +58,22 @@ def fit(
     """
     stop = stop or StopSignal()
     share = batch_share(config.global_batch_size, world.world_size, world.rank, config.accumulate)
-    precision, why = pick_precision(config.precision, world.device)
-    data = load_same_data(config, precision, world, data)
+    data = load_same_data(config, world, data)
+    precision, why = broadcast_result(
+        world, "precision", lambda: pick_precision(config.precision, world.device), config.join_timeout_s
+    )
     sampler = TrainSampler(
         len(data.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )
     total_steps = config.epochs * len(sampler)
     model, source = build_same_model(config, precision, world, data)
     model_is = describe_model(model.state_dict(), source)
-    with open_run(config, world, total_steps, data.digest, model_is) as run:
+    with open_run(config, world, total_steps, data.digest, model_is, precision) as run:
         if run.finished is not None:
             world.say(f"{run.folder} is finished; more --epochs would go on from there")
             return run.finished
+        if precision != run.precision:
+            precision, why = run.precision, "as the run began"
         world.say(f"precision {precision} ({why})")
         if config.global_batch_size % world.world_size:
             larger = config.global_batch_size % world.world_size
@@ -94,6 +98,7 @@ def fit(
                 "images_per_s": images_per_s,
                 "config": asdict(config),
                 "source": source,
+                "precision": precision,
                 "versions": world.versions,
             }
 
@@ -196,7 +201,7 @@ def fit(
                 "world_size": world.world_size,
                 "backend": world.backend,
                 "precision": precision,
-                "weights_sha256": weights_sha256(model, world),
+                "weights_sha256": weights_sha256(model, world, buffers=True),
                 "versions": world.versions,
             }
             if world.is_main:
@@ -207,12 +212,10 @@ def fit(
             return summary
 
 
-def load_same_data(config: TrainConfig, precision: str, world: World, data: Dataset | None) -> Dataset:
+def load_same_data(config: TrainConfig, world: World, data: Dataset | None) -> Dataset:
     """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
     settings = {name: value for name, value in asdict(config).items() if name not in PER_MACHINE}
     equal = {"--" + name.replace("_", "-"): value for name, value in settings.items()}
-    # auto may mean bf16 on one machine and fp32 on another.
-    equal[f"--precision {config.precision}, which here"] = precision
     compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
         data = load_own_data(config, partial(world.say, every_node=True))

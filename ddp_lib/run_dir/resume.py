@@ -29,16 +29,25 @@ class Run:
     checkpoint: Checkpoint
     resumed: dict[str, Any] | None  # the state to continue from
     finished: dict[str, Any] | None  # the summary, if nothing is left to do
+    precision: str  # of a resumed run the one it began with
 
 
 @contextmanager
 def open_run(
-    config: TrainConfig, world: World, total_steps: int, data_digest: str, model: Mapping[str, str]
+    config: TrainConfig,
+    world: World,
+    total_steps: int,
+    data_digest: str,
+    model: Mapping[str, str],
+    precision: str,
 ) -> Iterator[Run]:
     """Opens the run's folder for this job on every rank, and decides where to start.
 
-    model: what `describe_model` returns. UserError, on every rank, as Checkpoint raises it, or if a
-    checkpoint, of a finished run too, has another configuration or another model (--resume auto).
+    model: what `describe_model` returns. precision: what --precision means on rank 0. With `auto`, a resumed
+    run keeps that of its checkpoint.
+
+    UserError, on every rank, as Checkpoint raises it, or if a checkpoint, of a finished run too, has another
+    configuration or another model (--resume auto).
     """
     folder = Path(config.run_dir)
     warn_if_in_container(folder.resolve(), world)
@@ -61,12 +70,15 @@ def open_run(
     timeout_s = config.data_timeout_s
     with Checkpoint(folder, world, data_digest, resume=config.resume, timeout_s=timeout_s) as checkpoint:
         resumed = checkpoint.load(accept)
+        if resumed and config.precision == "auto":
+            precision = resumed.get("precision", precision)
         finished = checkpoint.copies[0].summary if checkpoint.step >= total_steps else None
         if finished is None:
 
             def describe() -> None:
                 if checkpoint.is_writer:
                     began = {"versions": world.versions, "began": checkpoint.began}
+                    began["precision_used"] = precision
                     text = json.dumps(asdict(config) | began, indent=2)
                     write_atomic(folder / CONFIG, f"{text}\n".encode())
 
@@ -74,7 +86,7 @@ def open_run(
             if resumed:
                 whose = checkpoint.resumed_from()
                 world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}{whose}")
-        yield Run(folder, checkpoint, resumed, finished)
+        yield Run(folder, checkpoint, resumed, finished, precision)
 
 
 def describe_model(weights: Mapping[str, torch.Tensor], source: Mapping[str, str]) -> dict[str, str]:

@@ -106,11 +106,16 @@ def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
-def weights_sha256(model: nn.Module, world: World) -> list[str]:
-    """Digest of each rank's parameters, in rank order: all equal while the replicas agree."""
+def weights_sha256(model: nn.Module, world: World, buffers: bool = False) -> list[str]:
+    """Digest of each rank's parameters, of any type, in rank order: all equal while the replicas agree.
+
+    buffers: of them too; on the ranks they are equal only after `share_buffers`.
+    """
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for tensor in [*model.parameters(), *(model.buffers() if buffers else ())]:
+        plain = tensor.detach().cpu().contiguous().flatten()
+        real = torch.view_as_real(plain).flatten() if plain.is_complex() else plain
+        digest.update(real.view(torch.uint8).numpy().tobytes())
     digests = b" ".join(gather_bytes(world, digest.hexdigest().encode()))
     return broadcast_bytes(world, digests).decode().split()
 

@@ -8,6 +8,7 @@ import torch
 from ddp_lib import Metrics, RankError, RunLog, World, check_replicas, read_run, run_ranks, warm_up, wrap
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir.log import read_events
+from ddp_lib.training.ddp import weights_sha256
 from ddp_lib.training.evaluate import evaluate
 from tests.lab.runs import TIMEOUT_S
 
@@ -45,6 +46,27 @@ def drift(rank: int) -> None:
 def test_a_replica_that_has_drifted_is_named():
     with pytest.raises(RankError, match=r"parameters of rank\(s\) 1 differ from rank 0's"):
         run_ranks(drift, 3, 1, timeout_s=TIMEOUT_S)
+
+
+KINDS = (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_digest_is_of_any_type_and_of_buffers_if_asked(kind):
+    model = torch.nn.Sequential(torch.nn.Module(), torch.nn.BatchNorm1d(2))
+    model[0].scale = torch.nn.Parameter(torch.ones(()).to(kind))
+    model[0].grid = torch.nn.Parameter(torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last).to(kind))
+    model[0].empty = torch.nn.Parameter(torch.zeros(0, 3).to(kind))
+
+    def digests() -> list[str]:
+        return weights_sha256(model, World()) + weights_sha256(model, World(), buffers=True)
+
+    plain, both = digests()
+    assert plain != both
+    model[1].running_mean[0] = 1
+    assert digests()[0] == plain and digests()[1] != both
+    model[0].scale.data = torch.zeros(()).to(kind)
+    assert digests()[0] != plain
 
 
 def test_warming_up_leaves_parameters_and_buffers_as_they_were():
