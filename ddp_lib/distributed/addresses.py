@@ -18,6 +18,9 @@ from ddp_lib.errors import UserError
 # Documentation addresses (RFC 5737, RFC 3849): used to find the default route, never sent to.
 _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 
+# The variable that names the interface which `name_interface` has chosen for NCCL.
+CHOSE_NCCL = "DDP_LIB_NCCL_INTERFACE"
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -199,8 +202,9 @@ def name_interface(
     name = own_addresses().get(address or own_address(endpoint, one_machine, environ))
     if name:
         environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        if name != "lo":  # NCCL refuses lo, and needs no interface on one machine
-            environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        # NCCL refuses lo, and needs no interface on one machine. nics.py adds others that lead to all.
+        if name != "lo" and "NCCL_SOCKET_IFNAME" not in environ:
+            environ["NCCL_SOCKET_IFNAME"], environ[CHOSE_NCCL] = f"={name}", name
     return name
 
 

@@ -3,7 +3,6 @@
 import platform
 import socket
 import time
-from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
@@ -14,8 +13,9 @@ from ddp_lib import __version__
 from ddp_lib.distributed.addresses import mtu_cure, other_interfaces, own_address
 from ddp_lib.distributed.coordination import StoreGroup, require_equal
 from ddp_lib.distributed.environment import RankEnv
+from ddp_lib.distributed.nics import listening, name_networks, unreachable
 from ddp_lib.distributed.placement import Place, Seen, place
-from ddp_lib.distributed.probe import LARGE_LOST, Probe, connect_all
+from ddp_lib.distributed.probe import LARGE_LOST, connect_all
 from ddp_lib.errors import PeerError, TransientError, UserError
 
 
@@ -40,15 +40,14 @@ def handshake(group: StoreGroup, rank_env: RankEnv, seen: Seen, timeout_s: float
         )
     tries = rank_env.local_rank == 0 and not rank_env.one_machine
     address = own_address(rank_env.endpoint, False) if tries else ""
-    probing: AbstractContextManager[Probe | None] = closing(Probe(address)) if address else nullcontext()
-    with probing as probe:
+    with listening(address) as probes:
         mine: dict[str, Any] = {
             "id": uuid4().hex,
             "host": host,
             "world_size": size,
             "seen": asdict(seen),
             "versions": versions(),
-            "probe": [probe.address, probe.port] if probe else None,
+            **probes,
         }
         came = {rank_env.rank: mine}
 
@@ -73,10 +72,9 @@ def handshake(group: StoreGroup, rank_env: RankEnv, seen: Seen, timeout_s: float
         if own["id"] != mine["id"]:  # this rank came too late: it is no concern of the others
             raise PeerError(str(_taken(rank_env.rank, own["host"], host, size)))
         if not rank_env.one_machine:
-            trouble = connection_trouble(ranks, rank_env.rank) if probe else ""
             # The other local ranks wait while each machine's first tries its connections.
             until = max(deadline, time.monotonic() + timeout_s)
-            group.exchange("connect", trouble, timeout_s, raise_first, deadline=until)
+            require_connections(group, ranks, rank_env.rank, timeout_s, until)
     group.hosts = [theirs["host"] for theirs in ranks]
     if group.hosts_store:  # in an agent's store, the ranks of the next start would find it
         group.store.set("joined", f"{size} rank(s), of which {host} has number 0,")
@@ -94,10 +92,26 @@ def _taken(rank: int, first: str, second: str, size: int) -> UserError:
     )
 
 
-def raise_first(troubles: list[str]) -> None:
-    """UserError with the first trouble that is not empty."""
-    for trouble in filter(None, troubles):
-        raise UserError(trouble)
+def require_connections(
+    group: StoreGroup,
+    machines: list[dict[str, Any]],
+    number: int,
+    timeout_s: float,
+    deadline: float | None = None,
+) -> None:
+    """UserError, on every rank or machine, if one cannot connect to another. Tells NCCL of all networks that
+    lead to all machines. number: this one's; it tries connections if it listens itself."""
+    tries = bool(machines[number]["probe"])
+    trouble = connection_trouble(machines, number) if tries else ""
+    lost = unreachable(machines, number) if tries and not trouble else []
+
+    def conclude(answers: list[tuple[str, list[str]]]) -> list[str]:
+        for text in filter(None, (text for text, _ in answers)):
+            raise UserError(text)
+        return [address for _, addresses in answers for address in addresses]
+
+    lost = group.exchange("connect", [trouble, lost], timeout_s, conclude, deadline=deadline)
+    name_networks(machines, lost)
 
 
 def connection_trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib.distributed.coordination import StoreGroup
-from ddp_lib.distributed.handshake import connection_trouble, raise_first
-from ddp_lib.distributed.probe import Probe
+from ddp_lib.distributed.handshake import require_connections
+from ddp_lib.distributed.nics import listening
 from ddp_lib.errors import TransientError, UserError, first_line
 from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.ranks import Ranks
@@ -81,11 +81,8 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
     group = StoreGroup(
         dist.PrefixStore("machines", peers.store), 0 if peers.hosts else None, size, peers.hosts
     )
-    probing: AbstractContextManager[Probe | None] = (
-        closing(Probe(peers.address)) if peers.address else nullcontext()
-    )
-    with probing as probe:
-        mine["probe"] = [probe.address, probe.port] if probe else None
+    with listening(peers.address) as probes:
+        mine |= probes
         deadline = time.monotonic() + timeout_s
 
         def conclude(machines: list[Machine]) -> list[Machine]:
@@ -103,8 +100,7 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
             require_gpus([mine], ranks.needs_gpus)
             machines = [*machines, mine]
         else:
-            trouble = connection_trouble(machines, number) if probe else ""
-            group.exchange("connect", trouble, timeout_s, raise_first)
+            require_connections(group, machines, number, timeout_s)
     gpus = {(machine["gpus"], machine["model"]) for machine in machines}
     if len(gpus) > 1:
         have = ", ".join(f"{m['host']} has {m['gpus']} x {m['model'] or 'GPU'}" for m in machines)

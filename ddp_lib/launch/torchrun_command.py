@@ -4,7 +4,14 @@ import os
 import shlex
 
 from ddp_lib.config import TrainConfig
-from ddp_lib.distributed.addresses import is_here, join_host, name_interface, own_address, require_interfaces
+from ddp_lib.distributed.addresses import (
+    CHOSE_NCCL,
+    is_here,
+    join_host,
+    name_interface,
+    own_address,
+    require_interfaces,
+)
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import TransientError
 from ddp_lib.launch.options import Launch, count_ranks
@@ -35,6 +42,7 @@ def plain_command(launch: Launch, target: list[str], join_timeout_s: float) -> s
                 "give an address"
             )
         name_interface(endpoint, False, environment)
+        environment.pop(CHOSE_NCCL, None)
         if launch.node_rank is not None:
             words += f"--node-rank {launch.node_rank} --master-addr {endpoint.host}".split()
             words += ["--master-port", str(endpoint.port)]
