@@ -54,6 +54,31 @@ def test_the_users_interface_is_probed_and_used(make_lab):
         assert f"[rank {rank}] [2.0, 2.0] eth1" in program.output
 
 
+# The launcher, on a machine of which torch says that it has a GPU.
+WITH_GPU = """
+import sys, torch
+from ddp_lib.launch.main import main
+torch.cuda.device_count = lambda: 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("closed", "names"), [(False, "=eth0,eth1"), (True, "=eth0")])
+def test_nccl_is_told_of_the_networks_that_lead_to_all(make_lab, closed, names):
+    lab = make_lab(2)
+    lab.add_network()
+    for machine in lab.machines:
+        machine.add_interface("docker0", "172.17.0.1/16")
+        (machine.folder / "own.py").write_text("import os\nprint(os.environ['NCCL_SOCKET_IFNAME'])\n")
+        if closed:
+            machine.namespaces.network(*"iptables -A INPUT -i eth1 -p tcp -j DROP".split())
+    flags = "run --nnodes=2 --nproc-per-node=1 --rdzv-endpoint=10.77.0.10:29500 own.py".split()
+    programs = [machine.start(["python", "-c", WITH_GPU, *flags]) for machine in lab.machines]
+    for rank, program in enumerate(programs):
+        assert program.wait(TIMEOUT_S) == 0, program.output
+        assert f"[rank {rank}] {names}\n" in program.output
+
+
 @pytest.mark.parametrize("how", ["DROP", "REJECT"])
 def test_closed_ports_are_named_with_the_other_networks(make_lab, how):
     lab = make_lab(2)
