@@ -56,14 +56,15 @@ def look(rank_env: RankEnv, asked: str, environ: Mapping[str, str]) -> Seen:
                 gpus.append(
                     str(getattr(torch.cuda.get_device_properties(number), "uuid", f"{machine} {number}"))
                 )
-            trouble = "" if gpus else _why_no_gpu(environ)
+            trouble = "" if gpus else why_no_gpu(environ)
         except RuntimeError as error:  # the driver is older than torch, or does not work
             gpus, trouble = [], first_line(error)
     local = rank_env.local_rank, rank_env.local_world_size
     return Seen(host, machine, asked, *local, gpus, trouble)
 
 
-def _why_no_gpu(environ: Mapping[str, str]) -> str:
+def why_no_gpu(environ: Mapping[str, str]) -> str:
+    """Why torch sees none here."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         if name in environ:
             return f"{name}={environ[name]!r}"

@@ -4,6 +4,7 @@ What differs here would show only later, and badly: another version of torch as 
 script as a wrong result.
 """
 
+import os
 import platform
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.handshake import require_connections
 from ddp_lib.distributed.nics import listening
+from ddp_lib.distributed.placement import why_no_gpu
 from ddp_lib.errors import TransientError, UserError, first_line
 from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.ranks import Ranks
@@ -40,6 +42,7 @@ def describe_machine(ranks: Ranks, nproc: int, elastic: bool) -> Machine:
         "ranks": nproc,
         "gpus": gpus,
         "model": _gpu_model() if gpus else "",
+        "no_gpu": "" if gpus else why_no_gpu(os.environ),
         "program": ranks.equal(elastic),
     }
 
@@ -97,7 +100,7 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
         machines = group.exchange("machines", mine, timeout_s, conclude, deadline=deadline, complete=False)
         if (number := group.rank or 0) >= size:  # one more of an elastic job, or a launcher started again
             require_equal(machines[0], mine)
-            require_gpus([mine], ranks.needs_gpus)
+            require_gpus([machines[0], mine], ranks.needs_gpus)
             machines = [*machines, mine]
         else:
             require_connections(group, machines, number, timeout_s)
@@ -108,12 +111,23 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
 
 
 def require_gpus(machines: list[Machine], needed: bool) -> None:
-    """UserError if a machine has GPUs, but fewer than ranks that want one each."""
+    """UserError if a machine has fewer GPUs than ranks that want one each, unless no machine has any: all
+    then compute on the CPU."""
+    having = next((machine for machine in machines if machine["gpus"]), None)
+    if not needed or having is None:
+        return
     for machine in machines:
-        if needed and 0 < machine["gpus"] < machine["ranks"]:
+        gpus, why = machine["gpus"], f" ({machine['no_gpu']})" if machine["no_gpu"] else ""
+        if not gpus:
             raise UserError(
-                f"{machine['host']} has {machine['gpus']} GPU(s) for {machine['ranks']} ranks: lower "
-                f"--nproc-per-node, or hide the GPUs there with CUDA_VISIBLE_DEVICES= (empty), {_NO_CHECK}"
+                f"{machine['host']} has no GPU that torch can use{why}, but {having['host']} has "
+                f"{having['gpus']}: make them work there, or hide the GPUs on every machine with "
+                f"CUDA_VISIBLE_DEVICES= (empty), {_NO_CHECK}"
+            )
+        if gpus < machine["ranks"]:
+            raise UserError(
+                f"{machine['host']} has {gpus} GPU(s) for {machine['ranks']} ranks: lower --nproc-per-node, "
+                f"or hide the GPUs with CUDA_VISIBLE_DEVICES= (empty) on every machine, {_NO_CHECK}"
             )
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,8 +31,8 @@ from ddp_lib.launch.options import (
     read_launch,
 )
 from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
-from ddp_lib.launch.script import read_script, split
-from ddp_lib.processes.exit_status import as_exit_status, require_working_directory
+from ddp_lib.launch.script import name_of, read_script, split
+from ddp_lib.processes.exit_status import as_exit_status, print_error, require_working_directory
 from ddp_lib.processes.forkserver import collect_garbage
 from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
@@ -152,8 +154,9 @@ def stacks(args: list[str]) -> int:
 def run(args: list[str]) -> int:
     flags, words = split(args, LaunchOptions)
     given = parse(RunCommand, flags, "ddp-launch run")
-    script = read_script(words)
-    launch = read_launch(given.launch, job=script.name)
+    launch = read_launch(given.launch, job=name_of(words))
+    with nullcontext() if given.launch.dry_run else _telling_others(launch):
+        script = read_script(words)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command
 
@@ -211,7 +214,8 @@ def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         try:
             ranks.prepare()  # a fork server imports torch while the agent does
-            nproc = count_ranks(launch.nproc)
+            with _telling_others(launch):
+                nproc = count_ranks(launch.nproc)
             cores = thread_budget(launch.local[1] if launch.local else nproc)
             threads = os.environ.setdefault("OMP_NUM_THREADS", str(cores))
             where = socket.gethostname()
@@ -230,6 +234,21 @@ def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
                 sys.stdout.flush()
             except OSError:  # nothing reads it any more; Python would end with another status
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _telling_others(launch: Launch) -> Iterator[None]:
+    """Around what comes before the machines meet: a UserError that leaves the block ends the job on all."""
+    try:
+        yield
+    except UserError as error:
+        if launch.endpoint is None or launch.nodes[0] < launch.nodes[1]:
+            raise
+        print_error(str(error))  # at once: the others may not be there yet
+        from ddp_lib.launch.run_agent import tell_others
+
+        tell_others(launch, error)
+        raise SystemExit(error.status) from error
 
 
 def _end_now(number: int) -> None:

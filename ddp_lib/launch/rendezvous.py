@@ -5,6 +5,8 @@ Here the machine with the endpoint's address is the host, the store listens only
 host's ranks come first: rank 0 is on the master.
 """
 
+import socket
+import time
 from datetime import timedelta
 from ipaddress import ip_address
 
@@ -20,8 +22,8 @@ from ddp_lib.distributed.addresses import (
     Endpoint,
     is_here,
     own_address,
-    require_interfaces,
     resolve,
+    wait_until_true,
 )
 from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
@@ -31,8 +33,8 @@ from ddp_lib.launch.peers import Peers
 
 # How long an elastic job with its minimum of machines waits for more; later ones may still join.
 _LAST_CALL_S = 10
-# How long saying good-bye may take.
-_LEAVE_S = 5
+# How long saying good-bye may take. How long a host that cannot take part waits for the others.
+_LEAVE_S, _COME_S = 5, 5.0
 
 
 class Rendezvous(DynamicRendezvousHandler):
@@ -49,6 +51,15 @@ def _sort_key(address: str) -> str:
     return f"{ip_address(address).packed.hex()} {address}" if address else ""
 
 
+def refuse(peers: Peers, error: UserError) -> None:
+    """Ends the job on every machine: this one cannot take part. The store's host waits for those that are
+    just starting, at most _COME_S."""
+    deadline, most = time.monotonic() + _COME_S, peers.launch.nodes[1]
+    wait_until_true(lambda: not peers.hosts or len(peers.arrived()) >= most, deadline)
+    peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
+    peers.wait_until_read()
+
+
 def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, str, Peers]:
     """Hosts the store or reaches it, and announces this machine; UserError if that fails.
 
@@ -58,7 +69,6 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
     endpoint = launch.endpoint or Endpoint("127.0.0.1", 0, "this machine")
     if several:
         wait_for_name(endpoint, join_timeout_s)
-        require_interfaces()
     here, number = is_here(endpoint), launch.node_rank
     if number == 0 and not here:
         raise UserError(
@@ -68,10 +78,14 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
     store, hosts = host_or_reach(
         endpoint, here and number in (None, 0), number is not None, join_timeout_s, not several, launch.job
     )
-    # An elastic job may begin alone.
-    address = choose_interface(
-        endpoint, not several, store, join_timeout_s if launch.nodes[0] > 1 else _LAST_CALL_S
-    )
+    address, trouble = "", None
+    try:
+        # An elastic job may begin alone.
+        address = choose_interface(
+            endpoint, not several, store, join_timeout_s if launch.nodes[0] > 1 else _LAST_CALL_S
+        )
+    except UserError as error:
+        trouble = error
     first = number if number is not None else int(not hosts)
     last_call = timedelta(seconds=_LAST_CALL_S)
     handler = Rendezvous.from_backend(
@@ -89,4 +103,7 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
         if here and address and address not in resolve(endpoint.host, endpoint.port):
             master = address  # the name means another here, or the user chose another interface
         master = peers.share_master(master if hosts else None, join_timeout_s) or endpoint.host
+    if trouble:  # now the others watch for it
+        refuse(peers, trouble)
+        raise trouble
     return handler, master, peers

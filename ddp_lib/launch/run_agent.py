@@ -23,7 +23,7 @@ from ddp_lib.launch.failure import RankFailure
 from ddp_lib.launch.machines import compare_machines
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.ranks import Ranks
-from ddp_lib.launch.rendezvous import Rendezvous, open_rendezvous
+from ddp_lib.launch.rendezvous import Rendezvous, open_rendezvous, refuse
 from ddp_lib.processes.exit_status import print_error
 from ddp_lib.processes.forkserver import no_main_module
 from ddp_lib.processes.signals import kill_descendants, relay, stop_signals
@@ -33,6 +33,16 @@ from ddp_lib.processes.signals import kill_descendants, relay, stop_signals
 _CAUSE_S = LINGER_S + 5
 # A machine is silent if its launcher gives no sign of life for so long. How long ranks may take to end.
 _ALIVE_S, _END_S = 2.0, 4.0
+# How long a machine that cannot take part tries to reach the others, to tell them.
+_TELL_S = 5.0
+
+
+def tell_others(launch: Launch, error: UserError) -> None:
+    """Ends the job on the other machines too, if they are there: this one cannot start its ranks. They would
+    wait for it until their timeout."""
+    with suppress(UserError, RuntimeError, RendezvousError):
+        *_, peers = open_rendezvous(launch, _TELL_S)
+        refuse(peers, error)
 
 
 def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -> int:

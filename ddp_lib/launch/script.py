@@ -57,10 +57,17 @@ def split(words: list[str], options: type) -> tuple[list[str], list[str]]:
     return words[:number], words[number:]
 
 
-def read_script(words: list[str]) -> Script:
-    """The program in `words`: a file, or -m and a module, and its arguments. UserError if there is none."""
+def name_of(words: list[str]) -> str:
+    """The name of the program in `words`: its module's, or its file's. UserError if there is none."""
     if not words:
         raise UserError("no script given: ddp-launch run [flags] SCRIPT [its flags], or -m MODULE")
+    if words == ["-m"]:
+        raise UserError("-m without a module: ddp-launch run [flags] -m MODULE [its flags]")
+    return words[1] if words[0] == "-m" else Path(words[0]).name
+
+
+def read_script(words: list[str]) -> Script:
+    """The program in `words`: a file, or -m and a module, and its arguments. UserError if there is none."""
     if words[0] != "-m":
         file = Path(words[0])
         if not file.is_file():
@@ -68,8 +75,6 @@ def read_script(words: list[str]) -> Script:
                 f"script {words[0]!r} is not a file here: check the path and the working directory"
             )
         return Script(file, words[1:])
-    if len(words) == 1:
-        raise UserError("-m without a module: ddp-launch run [flags] -m MODULE [its flags]")
     return Script(_module_file(words[1]), words[2:], words[1])
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.lab.own_script import RUN, START
+from tests.lab.ports import free_port
 from tests.lab.processes import HOST, all_gone, clean_environment, end, start_piped, wait_until
 
 pytestmark = pytest.mark.ranks
@@ -224,3 +225,34 @@ def test_a_rank_at_its_memory_limit_is_said_to_be_out_of_memory(run, tmp_path):
         group.rmdir()
     assert line.startswith(f"rank 1 on {HOST} died of SIGKILL: out of memory, as the kernel's counter")
     assert status == 137
+
+
+# What number 1, which is started with a missing script, with a flag, or with a variable, says; number 0 too.
+CANNOT_START = {
+    "no script": (["own.py"], {}, "script 'own.py' is not a file here"),
+    "no GPU": (["--nproc-per-node=gpu", "own.py"], {}, "this machine has no GPU that torch can use"),
+    "no interface": (["own.py"], {"GLOO_SOCKET_IFNAME": "eth9"}, "has no interface 'eth9'"),
+}
+
+
+@pytest.mark.parametrize("master", [True, False], ids=["the master", "another"])
+@pytest.mark.parametrize(("words", "variables", "text"), CANNOT_START.values(), ids=CANNOT_START)
+def test_a_machine_that_cannot_start_ranks_tells_the_others(
+    monkeypatch, tmp_path, started, words, variables, text, master
+):
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        wrong = number == (0 if master else 1)
+        if not (wrong and text.startswith("script")):
+            (folder / "own.py").write_text("")
+        flags = ["--nnodes=2", endpoint, f"--node-rank={number}", *(words if wrong else ["own.py"])]
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            for name, value in variables.items() if wrong else ():
+                patch.setenv(name, value)
+            started.append(start_piped([*RUN, *flags], folder))
+    for process in started:
+        status, _, (line,) = end(process)
+        assert status == 2 and text in line
