@@ -27,7 +27,9 @@ from ddp_lib.distributed.addresses import wait_until_true
 from ddp_lib.distributed.coordination import wait_for
 from ddp_lib.errors import TransientError
 from ddp_lib.launch.failure import RankFailure, cause_of, drop_half_written, name_log
+from ddp_lib.launch.flight_recorder import Calls, read_calls
 from ddp_lib.launch.peers import Peers
+from ddp_lib.launch.rank_log import NoLogs, RankLogs
 from ddp_lib.launch.stacks import absent_ranks
 from ddp_lib.processes.signals import stop_signals
 
@@ -179,6 +181,15 @@ class Agent(LocalElasticAgent):
         workers, codes = self._worker_group.workers, self._exit_codes()
         ended = {workers[n].global_rank: "ended with status 0" for n, code in codes.items() if code == 0}
         return ended | absent_ranks(self.running())
+
+    @property
+    def dumps(self) -> str:
+        """How the names of the files begin to which the ranks write dumps of their collectives."""
+        return self.logs.dumps if isinstance(self.logs, (NoLogs, RankLogs)) else ""
+
+    def calls(self) -> dict[int, Calls]:
+        """Where this machine's ranks stand that have written a dump before they ended."""
+        return read_calls(self.dumps, [worker.global_rank for worker in self._worker_group.workers])
 
     def line_of(self, absent: Mapping[int, str]) -> str:
         """The line that names these as the cause."""

@@ -183,7 +183,8 @@ def train(args: list[str]) -> int:
         collect_garbage()
         return run(training)
     launch = replace(launch, timeout_s=training.timeout_s)
-    ranks = ForkedRanks("ddp_lib.train:run", (training,), PRELOAD, partial(_describe, training))
+    describe, folder = partial(_describe, training), training.run_dir
+    ranks = ForkedRanks("ddp_lib.train:run", (training,), PRELOAD, describe, folder)
     return start_agent(launch, training.join_timeout_s, ranks)
 
 

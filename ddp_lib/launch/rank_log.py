@@ -1,6 +1,7 @@
 """What a rank of `ddp-launch run` printed: a file per rank, and what its last traceback says."""
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +10,7 @@ from traceback import FrameSummary
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, LogsSpecs
 
 from ddp_lib.errors import PEER_GONE, lost_a_peer
+from ddp_lib.launch.flight_recorder import name_dumps
 from ddp_lib.processes.signals import STARTS
 from ddp_lib.processes.stacks import describe, is_library
 from ddp_lib.run_dir.log import name_disk_errors
@@ -29,25 +31,28 @@ _FATAL_FRAME = re.compile(r'^  File "(?P<file>[^"\n]+)", line (?P<line>\d+) in (
 _EXCEPTION = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$", re.M)
 
 
-def _say_start(env: dict[str, str], starts: int, local: tuple[int, int] | None) -> None:
-    """Tells a rank, by its environment, of its earlier starts, and of its neighbours."""
+def _say_start(env: dict[str, str], starts: int, local: tuple[int, int] | None, dumps: str) -> None:
+    """Tells a rank, by its environment, of its earlier starts and its neighbours, and where dumps go."""
     env[STARTS] = str(starts)
+    name_dumps(env, dumps)
     if local:
         env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = map(str, local)
 
 
 class NoLogs(DefaultLogsSpecs):
     """The ranks write to the launcher's own output. torch's folder for their error files is removed when the
-    launcher ends. local: as in RankLogs."""
+    launcher ends. local: as in RankLogs. folder: where they write dumps, if it is there."""
 
-    def __init__(self, local: tuple[int, int] | None) -> None:
+    def __init__(self, local: tuple[int, int] | None, folder: Path) -> None:
         self._folder = TemporaryDirectory(prefix="ddp-launch-", ignore_cleanup_errors=True)
         super().__init__(self._folder.name)
-        self.local, self.starts = local, 0
+        self.local, self.starts, self.dumps = local, 0, ""
+        self.begins = str(folder.absolute() / f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        self.dumps = f"{self.begins}.{self.starts}.rank"
         for env in envs.values():
-            _say_start(env, self.starts, self.local)
+            _say_start(env, self.starts, self.local, self.dumps)
         self.starts += 1
         return super().reify(envs)
 
@@ -64,6 +69,7 @@ class RankLogs(LogsSpecs):
         # Absolute, since a script may change its working directory.
         self.folder, self.shown, self.local = folder.absolute(), shown, local
         self.starts = 0  # torch's own count leaves out those after a change of an elastic job's machines
+        self.dumps = ""
         self.paths: dict[int, Path] = {}  # by global rank, of the last start
 
     @property
@@ -76,8 +82,9 @@ class RankLogs(LogsSpecs):
         logs, errors = {}, {}
         again, self.starts = self.starts, self.starts + 1
         self.paths.clear()
+        self.dumps = str(self.folder / f"collectives.{again}.rank")
         for local_rank, env in envs.items():
-            _say_start(env, again, self.local)
+            _say_start(env, again, self.local, self.dumps)
             name = f"rank{env['RANK']}" + (f".restart{again}" if again else "")
             logs[local_rank] = str(self.folder / f"{name}.log")
             errors[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(self.folder / f".{name}.error.json")

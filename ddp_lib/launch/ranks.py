@@ -47,14 +47,15 @@ class Ranks(Protocol):
 class ForkedRanks(Ranks):
     """Forks of a process that has imported `preload`; each calls `function`, package.module:name.
 
-    describe: what must be equal on all machines.
+    describe: what must be equal on all machines. folder: the run's.
     """
 
     function: str
     args: tuple[Any, ...]
     preload: list[str]
     describe: Callable[[], dict[str, Any]] = dict
-    needs_gpus = False  # the training falls back to CPUs
+    folder: str = ""
+    needs_gpus = False  # the ranks decide when they meet
 
     def prepare(self) -> None:
         start_server(self.preload)
@@ -65,7 +66,7 @@ class ForkedRanks(Ranks):
     def logs(self, launch: Launch) -> "LogsSpecs":
         from ddp_lib.launch.rank_log import NoLogs
 
-        return NoLogs(launch.local)
+        return NoLogs(launch.local, Path(self.folder))
 
     def equal(self, elastic: bool) -> dict[str, Any]:
         # The ranks compare this too. But a machine that joins a running job must not get so far.

@@ -20,6 +20,7 @@ from ddp_lib.distributed.coordination import LINGER_S
 from ddp_lib.errors import MAY_PASS, TransientError, UserError, first_line, limit_reached
 from ddp_lib.launch.agent import Agent
 from ddp_lib.launch.failure import RankFailure
+from ddp_lib.launch.flight_recorder import share_calls, who_is_behind
 from ddp_lib.launch.machines import compare_machines
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.ranks import Ranks
@@ -197,9 +198,14 @@ def _agree_on_cause(failure: RankFailure, agent: Agent) -> tuple[str, int]:
     peers, line, status = agent.peers, failure.line, failure.status
     if agent.end:
         return agent.end
-    absent = failure.consequence and agent.absent
+    absent: object = failure.consequence and agent.absent
     if absent:
         line, status = agent.line_of(agent.absent), MAY_PASS
+    elif failure.consequence and (calls := agent.calls()):
+        absent = who_is_behind(share_calls(peers.store, peers.launch.nodes[1], calls))
+        if absent:
+            line = f"{absent}; a dump of each rank: {agent.dumps}*, which torchfrtrace reads"
+            status = MAY_PASS
     if not peers.fixed:
         return line, status
     if not failure.consequence or absent:
