@@ -149,7 +149,7 @@ def table(reports: list[Report], measured: list[Measured | None]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "not tested: NCCL (connections and rates are those of TCP)"])
+    return "\n".join([*lines, "not tested: NCCL (the rates are TCP's; --gpus tests it)"])
 
 
 def _measured(number: int, own: Measured | None) -> list[str]:

@@ -138,10 +138,18 @@ def plot(args: list[str]) -> None:
 
 def check(args: list[str]) -> int:
     given = parse(CheckCommand, args, "ddp-launch check")
+    options = given.check
+    if options.gpus:
+        require_seconds("--timeout-s", options.timeout_s)
+        launch = replace(read_launch(given.launch, job="ddp-launch check"), timeout_s=options.timeout_s)
+        arguments = (options.backend, options.timeout_s)
+        return start_agent(
+            launch, options.timeout_s, ForkedRanks("ddp_lib.launch.gpu_check:run", arguments, PRELOAD)
+        )
     from ddp_lib.launch.check import run_check
 
     collect_garbage()
-    return run_check(given.launch, given.check)
+    return run_check(given.launch, options)
 
 
 def stacks(args: list[str]) -> int:

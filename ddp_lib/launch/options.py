@@ -85,6 +85,9 @@ class ScriptOptions:
 class CheckOptions:
     """What to check besides the network."""
 
+    gpus: Switch = 0
+    """Instead, start the ranks of a training, one per GPU, and measure the all-reduce between them."""
+
     data: str = ""
     """The training's --data; if it is given, its content is compared."""
     data_dir: str = "data"
@@ -96,7 +99,7 @@ class CheckOptions:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """The training's --backend."""
     timeout_s: float = 30.0
-    """Ends within so many seconds, whatever happens."""
+    """Ends within so many seconds, whatever happens; with --gpus, that of each wait."""
 
 
 @dataclass(frozen=True)
