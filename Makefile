@@ -17,7 +17,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo quick test notebooks lint format lab class site bench bench-full lock clean
+.PHONY: help setup wheels demo quick test notebooks lint format lab class site bench bench-full gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,13 @@ bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of i
 	if [ "$$(id -u)" = 0 ]; then \
 	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py; fi  # these need root
 	$(BIN)/python benchmarks/report.py
+
+# The interpreter that is named, else the project's own if it is there. Nothing is installed.
+GPU_PYTHON := $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(wildcard $(BIN)/python))
+
+gpu: ## on a machine with a GPU: show in minutes that all works there; PYTHON= PARTS= REPORT=
+	@$(or $(GPU_PYTHON),$(PYTHON)) benchmarks/on_gpu.py $(if $(PARTS),--parts $(PARTS)) \
+	  $(if $(REPORT),--report $(REPORT)) $(GPU_FLAGS)
 
 lock: $(INSTALLED) ## rewrite requirements.txt from pyproject.toml, with the newest versions
 	@echo "# The whole environment, exact versions, for every platform and Python 3.11 or newer." > requirements.tmp

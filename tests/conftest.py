@@ -1,5 +1,6 @@
 """What all tests share: data sets, the order in which they run, and the check of their markers."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Scheduling(config, log)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, so that the tests do the same on every machine, except from those marked gpu."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -92,8 +99,13 @@ sys.addaudithook(note_process)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     processes_started.clear()
+    if item.get_closest_marker("gpu"):
+        import torch  # asks for GPUs only here: CUDA refuses forks of a process that has asked
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
 
 
 @pytest.hookimpl(wrapper=True)

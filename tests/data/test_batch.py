@@ -107,7 +107,7 @@ def test_padding_is_black_before_normalisation(some: Dataset) -> None:
         assert (crops[draw] == 0).sum() == 3 * (32 * 32 - inside)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_batch_on_a_gpu_equals_the_cpus(some: Dataset) -> None:
     indices = torch.arange(0, 200, 3)
     on_gpu = Split(some.train.images.cuda(), some.train.labels.cuda())
