@@ -33,9 +33,13 @@ def make_batch(
     if augment is not None:
         choices = 2 * (2 * padding_of(pixels) + 1) ** 2
         pixels = crop_and_flip(pixels, random_below(choices, *augment, indices))
+    labels = split.labels.index_select(0, indices)
+    if torch.device(device).type == "cuda" and not pixels.is_cuda:
+        # From pinned memory the copy takes place while this process makes the next batch, and the GPU works
+        # on the one before.
+        pixels, labels = pixels.pin_memory(), labels.pin_memory()
     # Copied to the device as uint8: a quarter of the bytes of float32.
-    pixels = pixels.to(device, non_blocking=True)
-    labels = split.labels.index_select(0, indices).to(device, non_blocking=True)
+    pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     side = pixels.shape[1]
     scale, shift = _scale_and_shift(dataset.mean, dataset.std, side, dtype, torch.device(device))
     x = torch.addcmul(shift, pixels.flatten(1).to(dtype), scale)

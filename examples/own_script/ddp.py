@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.manual_seed(args.seed)  # DDP: the same initial weights on every rank
     if torch.cuda.is_available():  # DDP: each rank has its own GPU
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # DDP
+        # DDP: a rank that is shown a single GPU, its own, counts it as number 0
+        number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()  # DDP
+        device = torch.device("cuda", number)  # DDP
         torch.cuda.set_device(device)  # DDP
     else:  # DDP
         device = torch.device("cpu")  # DDP

@@ -103,7 +103,7 @@ def test_composes_file_is_valid_and_a_changed_name_is_seen(tmp_path):
         return done.returncode
 
     text = COMPOSE.read_text()
-    assert status(text) == 0
+    assert status(text) == 0 == status((COMPOSE.parent / "compose.gpu.yaml").read_text())
     for good, bad in (("shm_size", "shm_siz"), ("profiles: [notebook]", "profiles: 3")):
         assert good in text and status(text.replace(good, bad)) == 1
 
