@@ -180,7 +180,7 @@ def fit(
                     stop_or_save(*signal_and_due)
                 stop_or_save(*metrics.flush())
                 train_loss, images_per_s = metrics.totals()
-                check_replicas(model, world)
+                check_replicas(model, world, partial(log.digest, step))
                 save()
                 evaluation = test()
             # None if the run was killed between its last checkpoint and its results.

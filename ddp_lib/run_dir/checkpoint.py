@@ -23,11 +23,9 @@ from ddp_lib.processes.signals import STARTS
 from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.checkpoint_file import RUN, Meta
 from ddp_lib.run_dir.lock import lock_run_dir
-from ddp_lib.run_dir.log import LogSize, log_sizes
+from ddp_lib.run_dir.log import CONFIG, SUMMARY, LogSize, log_sizes
 from ddp_lib.run_dir.log_sync import LogSync, copy_newest_logs
 
-CONFIG = "config.json"  # of the package's training; the same in runs of version 1.0
-SUMMARY = "summary.json"
 WEIGHTS = "cifar_net.pth"
 
 

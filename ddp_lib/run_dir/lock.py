@@ -10,8 +10,7 @@ from ddp_lib.distributed.coordination import all_gather_results, broadcast_resul
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import TransientError, UserError
 from ddp_lib.processes.file_lock import file_lock
-
-SIGNATURE = ".job"  # names the job that has the folder, and the rank that writes there
+from ddp_lib.run_dir.log import SIGNATURE
 
 
 def lock_run_dir(folder: Path, world: World, stack: ExitStack, timeout_s: float) -> list[int]:

@@ -1,8 +1,8 @@
 """A run's log: one JSON line per step and rank, written so that a kill loses at most the last line.
 
 rank<R>.jsonl holds step lines, which have no "event", and event lines: "start" (each time the run starts or
-resumes), "epoch", "checkpoint", "end". Numbers that JSON lacks are written as Python's json module does: NaN,
-Infinity, -Infinity.
+resumes), "epoch", "digest" (of the rank's parameters), "checkpoint", "end". Numbers that JSON lacks are
+written as Python's json module does: NaN, Infinity, -Infinity.
 """
 
 import errno
@@ -23,6 +23,9 @@ from ddp_lib.errors import TransientError, UserError, limit_reached
 if TYPE_CHECKING:
     import pandas as pd
 
+# Other files of the folder: two of the package's training, the same in runs of version 1.0, and one that
+# names the job that has the folder, and the rank that writes there.
+CONFIG, SUMMARY, SIGNATURE = "config.json", "summary.json", ".job"
 # Columns of the table of steps.
 _COLUMNS = {
     **dict.fromkeys(("rank", "start", "epoch", "step", "samples"), "int64"),
@@ -106,6 +109,11 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Whether the end of this epoch, from 0, is in the log."""
         lines = _lines(self.path) if self.path.exists() else ()
         return any(line.get("event") == "epoch" and line.get("epoch") == epoch for line in lines)
+
+    def digest(self, step: int, sha256: str) -> None:
+        """Of this rank's parameters before step number `step`: equal on all ranks while replicas agree."""
+        self.write(event="digest", step=step, sha256=sha256, time=time.time())
+        self.start_timer()
 
     def start_timer(self) -> None:
         """After a pause, such as a validation: the next step's step_s counts from here."""

@@ -15,8 +15,9 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.distributed.coordination import all_gather_results
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
-from ddp_lib.run_dir.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint
+from ddp_lib.run_dir.checkpoint import WEIGHTS, Checkpoint
 from ddp_lib.run_dir.checkpoint_file import to_bytes, write_atomic
+from ddp_lib.run_dir.log import CONFIG, SUMMARY
 
 CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 

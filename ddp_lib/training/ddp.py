@@ -120,9 +120,15 @@ def weights_sha256(model: nn.Module, world: World, buffers: bool = False) -> lis
     return broadcast_bytes(world, digests).decode().split()
 
 
-def check_replicas(model: nn.Module, world: World) -> None:
-    """UserError, on every rank, if the ranks' parameters are not equal in all bits. All ranks call it."""
-    first, *others = weights_sha256(model, world)
+def check_replicas(
+    model: nn.Module, world: World, record: Callable[[str], None] = lambda sha256: None
+) -> None:
+    """UserError, on every rank, if the ranks' parameters are not equal in all bits. All ranks call it.
+
+    record: called with the digest of this rank's parameters, before they are compared.
+    """
+    first, *others = digests = weights_sha256(model, world)
+    record(digests[world.rank])
     if differ := [str(rank) for rank, digest in enumerate(others, 1) if digest != first]:
         raise UserError(
             f"the parameters of rank(s) {', '.join(differ)} differ from rank 0's: something other than DDP "

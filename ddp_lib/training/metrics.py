@@ -120,6 +120,7 @@ class EpochMetrics:
                 step.arrived.synchronize()
             loss = step.loss.item()
             bad_rank, step_signal, step_save = step.flags.tolist()
+            self._log(step, loss)  # also a loss that is not finite, so that the log shows it
             if bad_rank:
                 raise UserError(
                     f"the loss of rank {bad_rank - 1} is not finite at step {step.number} (epoch "
@@ -127,7 +128,6 @@ class EpochMetrics:
                     "checkpoint stands"
                 )
             signal, save = max(signal, step_signal), save or bool(step_save)
-            self._log(step, loss)
             self.loss_sum += loss * step.samples
             self.samples += step.samples
         return signal, save
