@@ -14,6 +14,7 @@ from .notebook.run_ranks import run_ranks as run_ranks
 from .processes.signals import StopSignal as StopSignal
 from .report.plots import draw_run as draw_run
 from .report.plots import rank_style as rank_style
+from .report.watch import watch as watch
 from .run_dir.checkpoint import Checkpoint as Checkpoint
 from .run_dir.log import RunLog as RunLog
 from .run_dir.log import read_run as read_run

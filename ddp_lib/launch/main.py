@@ -36,12 +36,13 @@ from ddp_lib.processes.exit_status import as_exit_status, print_error, require_w
 from ddp_lib.processes.forkserver import collect_garbage
 from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
-USAGE = """usage: ddp-launch {run,train,check,plot,stacks} ...
+USAGE = """usage: ddp-launch {run,train,check,plot,watch,stacks} ...
 
   run     run a script of yours on this machine or on several: ddp-launch run --help
   train   run this package's own training: ddp-launch train --help
   check   on every machine: say why they would not train together: ddp-launch check --help
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
+  watch   say what each rank of a run does now, until the run ends: ddp-launch watch --help
   stacks  say where each rank of this machine stands now: ddp-launch stacks
 
 ddp-launch --version names the versions of ddp_lib, torch and Python.
@@ -100,6 +101,18 @@ class PlotOptions:
     """File to write; loss.png in the run's folder if not given."""
 
 
+@dataclass(frozen=True)
+class WatchOptions:
+    """Says what each rank of a run does now, until the run ends, and what a person should look at."""
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of the run, which may begin later."""
+    once: Annotated[int, tyro.conf.UseCounterAction] = 0
+    """Print one line per rank, for scripts, and end."""
+    wait_s: float = 60.0
+    """Seconds without a new line after which a run that no job has is taken to have ended."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The ddp-launch script; returns its exit status."""
     args = sys.argv[1:] if argv is None else argv
@@ -115,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 outcome.status = check(rest)
             case ["plot", *rest]:
                 plot(rest)
+            case ["watch", *rest]:
+                watch(rest)
             case ["stacks", *rest]:
                 outcome.status = stacks(rest)
             case ["-h" | "--help", *_]:
@@ -124,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"ddp-launch {__version__}, torch {torch}, Python {python}")
             case _:
                 problem = f"{args[0]!r} is no command" if args else "no command given"
-                raise UserError(f"{problem}: use ddp-launch run, train, check, plot or stacks")
+                raise UserError(f"{problem}: use ddp-launch run, train, check, plot, watch or stacks")
     gc.enable()
     return outcome.status
 
@@ -134,6 +149,17 @@ def plot(args: list[str]) -> None:
     from ddp_lib.report.plots import plot_run
 
     print(plot_run(options.run_dir, options.out or None))
+
+
+def watch(args: list[str]) -> None:
+    options = parse(WatchOptions, args, "ddp-launch watch")
+    from ddp_lib.report.watch import watch, watch_once
+
+    collect_garbage()
+    if options.once:
+        watch_once(options.run_dir)
+    else:
+        watch(options.run_dir, wait_s=options.wait_s)
 
 
 def check(args: list[str]) -> int:

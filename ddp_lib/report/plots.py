@@ -52,22 +52,28 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
 def draw_run(folder: str | Path) -> "Figure":
     """The figure that `plot_run` saves: three panels, one above the other. A notebook shows it, also without
     `%matplotlib inline`. Raises as `plot_run`."""
-    from matplotlib.figure import Figure
-
     log, events = read_run(folder), read_events(folder)
     if log.empty:
         raise UserError(f"{folder} has no step in its logs yet: plot it when the run has begun")
+    steps, ranks = log["step"].nunique(), log["rank"].nunique()
+    title = f"{Path(folder).resolve().name}: {ranks} rank{'s' if ranks > 1 else ''}, {steps:,} steps"
+    return draw_steps(log, events, title)
+
+
+def draw_steps(log: "pd.DataFrame", events: "pd.DataFrame", title: str, width: int = 1) -> "Figure":
+    """The figure of these steps and events, as read_run and read_events give them. width: how many steps a
+    row of `log` stands for, with their means and sums."""
+    from matplotlib.figure import Figure
+
     by_rank = {rank: log[log["rank"] == rank].set_index("step") for rank in sorted(set(log["rank"]))}
-    steps = log["step"].nunique()
     figure = Figure(figsize=(10, 10), layout="constrained")
     loss, accuracy, speed = figure.subplots(3, 1, height_ratios=[3, 2, 2])
-    window = max(1, steps // 30)  # steps to average over
-    _draw_loss(loss, log, by_rank, window)
+    window = max(1, log["step"].nunique() // 30)  # rows to average over
+    _draw_loss(loss, log, by_rank, window, width)
     _draw_speed(speed, log, by_rank, window)
     _draw_accuracy(accuracy, events)
     _mark_restarts([loss, speed], events)
-    ranks = f"{len(by_rank)} rank{'s' if len(by_rank) > 1 else ''}"
-    figure.suptitle(f"{Path(folder).resolve().name}: {ranks}, {steps:,} steps")
+    figure.suptitle(title)
     _legend(figure, loss)
     figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]  # what IPython asks for
     return figure
@@ -95,14 +101,17 @@ def global_mean(log: "pd.DataFrame") -> "pd.Series":
     return pd.Series(total / images, index=step_numbers)
 
 
-def _draw_loss(axes: "Axes", log: "pd.DataFrame", by_rank: "dict[int, pd.DataFrame]", window: int) -> None:
+def _draw_loss(
+    axes: "Axes", log: "pd.DataFrame", by_rank: "dict[int, pd.DataFrame]", window: int, width: int
+) -> None:
     for rank, rows in by_rank.items():
         _rank_line(axes, rank, rows["loss"], _smooth(rows["loss"], window), len(by_rank))
     if len(by_rank) > 1:
         mean = _smooth(global_mean(log), window)
         axes.plot(mean.index, mean, color="black", linewidth=1.3, label="mean of all images")
-    faint = ", single steps faint" if len(by_rank) <= _MANY_RANKS else ""
-    note = f", mean over {window} steps{faint}" if window > 1 else ""
+    single = f"means of {width}" if width > 1 else "single steps"
+    faint = f", {single} faint" if len(by_rank) <= _MANY_RANKS else ""
+    note = f", mean over {window * width} steps{faint}" if window * width > 1 else ""
     _label(axes, f"Loss of each rank{note}", "step (one global batch)", "training loss (nats per image)")
 
 
