@@ -12,7 +12,7 @@ PER_MACHINE = frozenset("run_dir data_dir data data_timeout_s".split())
 # Fields that may differ when a run is resumed: they do not change what is computed. Data is compared by its
 # content.
 FREE_ON_RESUME = frozenset(
-    "epochs run_dir data data_dir resume backend checkpoint_every_s"
+    "epochs run_dir data data_dir resume backend checkpoint_every_s log_sync_s"
     " join_timeout_s timeout_s data_timeout_s".split()
 )
 
@@ -64,6 +64,9 @@ class TrainConfig:
     and move an earlier run to run_dir/earlier-1; must: refuse a run_dir without a checkpoint."""
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints within an epoch; one is also written at the end of each epoch."""
+    log_sync_s: float = 5.0
+    """Seconds after which the master's folder gets the new log lines of machines that do not share its disk;
+    within an epoch, to be watched."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl if every rank has a GPU of its own, else gloo and the CPU; refused if only some have one."""
     join_timeout_s: float = 60.0
@@ -83,7 +86,7 @@ class TrainConfig:
         counts = "epochs global_batch_size accumulate"
         require(counts, lambda n: 1 <= n <= 1_000_000, "give a whole number from 1 to 1000000")
         require("image_size", lambda n: 8 <= n <= 2048, "give a number of pixels from 8 to 2048")
-        for field in ("join_timeout_s", "timeout_s", "data_timeout_s"):
+        for field in ("join_timeout_s", "timeout_s", "data_timeout_s", "log_sync_s"):
             require_seconds(f"--{field.replace('_', '-')}", getattr(self, field))
         require("checkpoint_every_s", lambda x: 0 < x < math.inf, "give a number of seconds above 0")
         require("lr", lambda x: 0 < x <= 1000, "give a number above 0, up to 1000")

@@ -58,11 +58,17 @@ def times(logs: Logs) -> dict[int, Times]:
     return result
 
 
-def silent(logs: Logs) -> Iterator[Warn]:
-    """Ranks that should have written again by now, and have not said that they are at the end."""
-    now = time.time()
-    late = {rank: now - log.written for rank, log in logs.items() if not log.ended and log.step >= 0}
-    late = {rank: seconds for rank, seconds in late.items() if seconds > logs[rank].silent_after_s}
+def silent(logs: Logs, sync_s: float = 0.0) -> Iterator[Warn]:
+    """Ranks that should have written again by now, and have not said that they are at the end.
+
+    sync_s: seconds between two copies of the lines of other machines than rank 0's.
+    """
+    now, late = time.time(), {}
+    here = logs[min(logs)].start.get("host") if logs else None
+    for rank, log in logs.items():
+        patience_s = log.silent_after_s + (2 * sync_s if log.start.get("host") != here else 0.0)
+        if log.step >= 0 and not log.ended and now - log.written > patience_s:
+            late[rank] = now - log.written
     if late:
         usual_s = statistics.median(logs[rank].usual_step_s for rank in late)
         text = (

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
 from ddp_lib.report.compare_ranks import (
     Warn,
@@ -31,7 +32,7 @@ class LiveRun:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.epochs = 0  # of config.json, 0 without one
+        self.epochs, self.sync_s = 0, TrainConfig.log_sync_s  # of config.json, if there is one
         self._forget()
 
     def _forget(self) -> None:
@@ -72,7 +73,9 @@ class LiveRun:
             self._read[rank] = (stats[rank].st_ino, done)
             new = True
         if new:
-            self.epochs = int(_json(self.folder / CONFIG).get("epochs", self.epochs))
+            config = _json(self.folder / CONFIG)
+            self.epochs = config.get("epochs", self.epochs)
+            self.sync_s = config.get("log_sync_s", self.sync_s)
             self._judge()
         return new
 
@@ -136,7 +139,7 @@ class LiveRun:
 
     def warnings(self) -> list[Warn]:
         """What a person should look at now."""
-        return [*silent(self.newest), *self._judged]
+        return [*silent(self.newest, self.sync_s), *self._judged]
 
     def table(self) -> "tuple[pd.DataFrame, pd.DataFrame, int]":
         """Steps and events as read_run and read_events give them, and how many steps a row stands for."""

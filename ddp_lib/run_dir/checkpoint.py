@@ -67,7 +67,8 @@ class Checkpoint:
     data_digest: of the data that is trained on; a checkpoint of other data is refused. resume: "auto" loads a
     checkpoint if there is one; "never" moves an earlier run to `folder`/earlier-1 (it resumes if the launcher
     has started the ranks again); "must" refuses a folder without one. timeout_s: how long ranks wait for
-    each other's disks.
+    each other's disks. log_sync_s: how often the master's folder gets the other machines' new log lines, if
+    they share no disk.
 
     UserError, on every rank, if another job has the folder, it cannot be written, all checkpoints are
     damaged, or resume or data_digest do not allow what is found.
@@ -81,9 +82,10 @@ class Checkpoint:
         *,
         resume: Literal["auto", "never", "must"] = "auto",
         timeout_s: float = 600.0,
+        log_sync_s: float = 5.0,
     ) -> None:
         self.folder, self.world, self.data_digest = Path(folder), world, data_digest
-        self.resume, self.timeout_s = resume, timeout_s
+        self.resume, self.timeout_s, self.log_sync_s = resume, timeout_s, log_sync_s
         self.began = 0.0  # when the run first started (Unix time): its identity
         self.step = -1  # of the last save or load
         self._stack = ExitStack()
@@ -118,6 +120,8 @@ class Checkpoint:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.log_sync is not None:
+            self.log_sync.close()
         self._stack.close()
 
     def load(self, accept: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
@@ -139,7 +143,7 @@ class Checkpoint:
         self.began = self.began or broadcast_result(self.world, "began", time.time, self.timeout_s)
         if len(set(self._writers)) > 1:  # the machines do not all share the disk
             copy_newest_logs(self.folder, self.world, self._writers, [copy.logs for copy in self.copies])
-            self.log_sync = LogSync(self.folder, self.world, self._writers)
+            self.log_sync = LogSync(self.folder, self.world, self._writers, self.began, self.log_sync_s)
         self._loaded = True
         all_gather_results(self.world, "write", self._write_copy, self.timeout_s)
         self._payload = b""

@@ -69,7 +69,8 @@ def open_run(
             )
 
     timeout_s = config.data_timeout_s
-    with Checkpoint(folder, world, data_digest, resume=config.resume, timeout_s=timeout_s) as checkpoint:
+    settings: dict[str, Any] = dict(resume=config.resume, timeout_s=timeout_s, log_sync_s=config.log_sync_s)
+    with Checkpoint(folder, world, data_digest, **settings) as checkpoint:
         resumed = checkpoint.load(accept)
         if resumed and config.precision == "auto":
             precision = resumed.get("precision", precision)
