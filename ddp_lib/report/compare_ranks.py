@@ -10,7 +10,7 @@ from ddp_lib.report.live_log import RankLog, ratio
 
 _FEWEST = 20  # steps of which a rank is judged at all
 # A rank is slow if it works this many times as long as the others, and this many seconds longer.
-_SLOW, _SLOW_S = 1.25, 0.002
+_SLOW, _SLOW_S = 1.1, 0.002
 # Losses drift apart if a rank's differs from the others' by this many standard errors, and this part of them.
 _DRIFT_ERRORS, _DRIFT = 6.0, 0.1
 

@@ -23,6 +23,7 @@ from ddp_lib.run_dir.log import read_events
 LOOK_S = 0.5  # between two looks
 _DRAWING = 0.15  # of a core, at most
 _LINE_EVERY_S = 10.0  # where lines are appended: between two that say how far the run is
+_NEW_S = 30.0  # a warning that has not held for so long is new
 _COLUMNS, _ROWS = 80, 24  # rows: of ranks in a notebook, and where a terminal does not say its size
 # A job that was killed leaves its signature in the folder: then silence lasts this many times as long.
 _WITH_JOB = 10
@@ -92,8 +93,8 @@ def _why_over(run: LiveRun, wait_s: float) -> str:
 def table(run: LiveRun, rows: int) -> list[str]:
     """The run in lines of at most 80 columns, with at most `rows` ranks: those with warnings first."""
     name, ranks = run.folder.resolve().name, len(run.ranks)
-    if not run.logs:
-        return [f"{name}: waiting for the first line"]
+    if run.step < 0:
+        return [f"{name}: waiting for the first step"]
     parts = [f"{name}: {ranks} rank{'s' * (ranks != 1)}", f"step {run.step:,}"]
     epoch = max((run.logs[rank].epoch for rank in run.ranks), default=0)
     parts.append(f"epoch {epoch + 1}{f' of {run.epochs}' if run.epochs else ''}")
@@ -140,11 +141,11 @@ def _make_view(run: LiveRun) -> _View:
 
 
 class _Lines:
-    """Appends: how far the run is, now and then, and each warning when it is new."""
+    """Appends: how far the run is, now and then, and each warning when it is new or holds again."""
 
     def __init__(self, run: LiveRun) -> None:
         self.run = run
-        self._said: set[tuple[str, tuple[int, ...]]] = set()
+        self._seen_s: dict[tuple[str, tuple[int, ...]], float] = {}  # when each warning last held
         self._next_s = -math.inf
         self._line = ""
 
@@ -153,10 +154,11 @@ class _Lines:
         if first != self._line and time.monotonic() >= self._next_s:
             self._line, self._next_s = first, time.monotonic() + _LINE_EVERY_S
             print(first, flush=True)
-        warnings = {(w.kind, w.ranks): w.text for w in self.run.warnings()}
-        for key in warnings.keys() - self._said:
-            print(f"! {warnings[key]}", flush=True)
-        self._said = {*warnings}
+        for warning in self.run.warnings():
+            key, now = (warning.kind, warning.ranks), time.monotonic()
+            if now - self._seen_s.get(key, -math.inf) > _NEW_S:
+                print(f"! {warning.text}", flush=True)
+            self._seen_s[key] = now
 
     def close(self, last: list[str]) -> None:
         print(*last, sep="\n", flush=True)

@@ -47,7 +47,7 @@ def test_it_may_begin_before_the_run(tmp_path, capsys):
     later = threading.Timer(0.2, train)
     later.start()
     watch(folder)
-    assert "waiting for the first line" in capsys.readouterr().out
+    assert "waiting for the first step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no log", "a file"])
