@@ -28,6 +28,7 @@ from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
 from ddp_lib.processes.exit_status import as_exit_status, may_pass_once, require_working_directory
 from ddp_lib.processes.signals import Stopped, StopSignal
+from ddp_lib.report.live_cell import open_view
 from ddp_lib.run_dir import checkpoint_file
 from ddp_lib.run_dir.log import RunLog
 from ddp_lib.run_dir.resume import describe_model, open_run, write_results
@@ -133,7 +134,9 @@ def fit(
             run.checkpoint.sync_logs()
             return evaluation
 
-        log, progress = RunLog(run.folder, world.rank), Progress(world, config.epochs, len(sampler))
+        log = RunLog(run.folder, world.rank)
+        view = open_view(run.folder) if world.is_main else None
+        progress = Progress(world, config.epochs, len(sampler), view)
         first_step = step
         may_exit = blame_model(config.model, "ended the training; the last checkpoint stands", ())
         with log, closing(progress), may_pass_once(lambda: step > first_step), may_exit:

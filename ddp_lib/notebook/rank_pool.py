@@ -17,6 +17,7 @@ from ddp_lib.notebook.errors import RankError, death_error, exception_error, han
 from ddp_lib.notebook.worker import host_store, run_rank
 from ddp_lib.processes.exit_status import first_cause
 from ddp_lib.processes.forkserver import context, no_main_module
+from ddp_lib.report.live_cell import LiveCell, somebody_looks
 
 # After a rank has failed: how long to wait for the other ranks' errors, one of which may be the cause.
 _GRACE_S = 1.0
@@ -37,8 +38,11 @@ class _Child:
 class _Rank(_Child):
     """A rank's process, its answer, and the file `path` that its output goes to."""
 
-    def __init__(self, rank: int, nproc: int, work: bytes, files: dict[str, str], path: Path) -> None:
-        super().__init__(run_rank, work, files, _environment(rank, nproc), os.getcwd(), str(path))
+    def __init__(
+        self, rank: int, nproc: int, work: bytes, files: dict[str, str], path: Path, request: Path | None
+    ) -> None:
+        env = _environment(rank, nproc)
+        super().__init__(run_rank, work, files, env, os.getcwd(), str(path), request)
         self.rank, self.path = rank, path
         self.answer: Any = None  # the pickled result, or a RankError
         self._printed = 0
@@ -86,7 +90,10 @@ class RankPool:
 
     def __init__(self, nproc: int, work: bytes, files: dict[str, str], folder: Path) -> None:
         self.store_host = _Child(host_store)
-        self.ranks = [_Rank(r, nproc, work, files, folder / f"rank{r}.txt") for r in range(nproc)]
+        # There rank 0 names the run that it trains, which this process then draws.
+        self.request, self.view = folder / "live_view" if somebody_looks() else None, LiveCell()
+        paths = [folder / f"rank{r}.txt" for r in range(nproc)]
+        self.ranks = [_Rank(r, nproc, work, files, path, self.request) for r, path in enumerate(paths)]
 
     def run(self, timeout_s: float) -> list[Any]:
         """What each rank's function returned, in rank order; meanwhile prints the ranks' output.
@@ -100,6 +107,8 @@ class RankPool:
             return self._results(timeout_s)
         finally:
             self._end()
+            self._draw()
+            self.view.close()
 
     def _results(self, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
@@ -110,6 +119,7 @@ class RankPool:
             for rank in running:
                 rank.receive()
             self._print_output()
+            self._draw()
             errors = [rank.answer for rank in self.ranks if isinstance(rank.answer, RankError)]
             if errors:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
@@ -145,6 +155,12 @@ class RankPool:
             rank.print_new(ended)
             if not ended:
                 return
+
+    def _draw(self) -> None:
+        """The run that rank 0 has named, if any, as its logs have it now."""
+        if self.request is not None and self.request.exists() and (folder := self.request.read_text()):
+            self.view.show(Path(folder))
+        self.view.tick()
 
     def _end(self) -> None:
         """Ends all ranks that still run, with the processes they started, and the store's host."""

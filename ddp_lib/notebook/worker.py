@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -23,6 +24,7 @@ from ddp_lib.processes.forkserver import (
     set_threads,
     unblock_sigint,
 )
+from ddp_lib.report import live_cell
 
 
 def host_store(connection: Connection) -> None:
@@ -41,13 +43,20 @@ def host_store(connection: Connection) -> None:
 
 
 def run_rank(
-    connection: Connection, work: bytes, files: dict[str, str], env: dict[str, str], folder: str, output: str
+    connection: Connection,
+    work: bytes,
+    files: dict[str, str],
+    env: dict[str, str],
+    folder: str,
+    output: str,
+    request: Path | None,
 ) -> None:
     """The main function of a rank's process; `work` is the pickled function with its arguments.
 
     Over `connection` it first receives the port of the store. It sends ("done", pickled result) or
     ("failed", arguments of `exception_error`), and ("stack", frames) for each message that it gets while
     it runs. `files`: see `_frames`. `output`: the file for what it prints.
+    `request`: see `live_cell`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process handles the interrupt
     unblock_sigint()  # for programs that the function starts
@@ -57,6 +66,7 @@ def run_rank(
     os.chdir(folder)
     import torch.distributed as dist
 
+    live_cell.request = request
     collect_garbage()
     restore_start_method()
     dist.set_debug_level_from_env()  # torch reads TORCH_DISTRIBUTED_DEBUG when it loads

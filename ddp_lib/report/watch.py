@@ -21,7 +21,7 @@ from ddp_lib.report.live_run import LiveRun
 from ddp_lib.run_dir.log import read_events
 
 LOOK_S = 0.5  # between two looks
-_DRAWING = 0.15  # of a core, at most
+DRAWING = 0.15  # of a core, at most
 _LINE_EVERY_S = 10.0  # where lines are appended: between two that say how far the run is
 _NEW_S = 30.0  # a warning that has not held for so long is new
 _COLUMNS, _ROWS = 80, 24  # rows: of ranks in a notebook, and where a terminal does not say its size
@@ -131,10 +131,15 @@ class _View(Protocol):
         """last: the lines that stay; the first says how the run ended."""
 
 
+def kernel() -> Any:
+    """The notebook's kernel that this process is; None if it is none."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython.get_ipython(), "kernel", None) if ipython is not None else None
+
+
 def _make_view(run: LiveRun) -> _View:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and hasattr(shell, "kernel"):
-        return _Cell(run)
+    if kernel() is not None:
+        return Cell(run)
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         return _Terminal(run)
     return _Lines(run)
@@ -187,17 +192,17 @@ class _Terminal:
         print(last[0], flush=True)  # the table has the others
 
 
-class _Cell:
+class Cell:
     """A notebook's cell: a picture, and below it the table while the run goes on, then the last lines.
 
     What changes by the moment is in outputs that start and end with the same text, so that nbval compares
     equal things: it reads neither later versions of an output nor pictures.
     """
 
-    def __init__(self, run: LiveRun) -> None:
+    def __init__(self, run: LiveRun, drawing: float = DRAWING) -> None:
         from IPython.display import display
 
-        self.run = run
+        self.run, self.drawing = run, drawing
         self._picture: Any = display(self._bundle(None), raw=True, display_id=True)
         self._table: Any = display({"text/plain": ""}, raw=True, display_id=True)
         self._text = ""
@@ -216,7 +221,7 @@ class _Cell:
             began_s = time.monotonic()
             self._draw()
             now = time.monotonic()
-            self._stale, self._next_s = False, now + (now - began_s) * (1 / _DRAWING - 1)
+            self._stale, self._next_s = False, now + (now - began_s) * (1 / self.drawing - 1)
 
     def _draw(self) -> None:
         from ddp_lib.report.plots import draw_steps
@@ -231,10 +236,14 @@ class _Cell:
         figure.savefig(file, format="png", dpi=72)
         self._picture.update(self._bundle(file.getvalue()), raw=True)
 
-    def close(self, last: list[str]) -> None:
+    def close(self, last: list[str], whole: bool = True) -> None:
+        """whole: reads the logs once more, for the picture that `ddp-launch plot` draws."""
         from ddp_lib.report.plots import draw_run
 
         self._table.update({"text/plain": ""}, raw=True)
-        if any(log.step >= 0 for log in self.run.logs.values()):
+        if whole and any(log.step >= 0 for log in self.run.logs.values()):
             self._update(draw_run(self.run.folder))
-        print(*last, sep="\n", flush=True)
+        elif not whole:
+            self._draw()
+        if last:
+            print(*last, sep="\n", flush=True)

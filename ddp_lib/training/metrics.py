@@ -151,10 +151,8 @@ class EpochMetrics:
                 train_loss=train_loss,
                 images_per_s=images_per_s,
             )
-            self.progress.say(
-                f"epoch {self.epoch + 1}/{self.progress.epochs} done: train loss {train_loss:.4f}, "
-                f"{evaluation}, {images_per_s:,.0f} images/s"
-            )
+            results = f"train loss {train_loss:.4f}, {evaluation}, {images_per_s:,.0f} images/s"
+            self.progress.epoch_done(self.epoch, results)
 
     def _log(self, step: _Step, loss: float) -> None:
         now = time.perf_counter()

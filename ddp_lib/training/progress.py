@@ -1,10 +1,10 @@
-"""What a rank shows of its progress: a bar on a terminal, plain lines elsewhere."""
+"""What a rank shows of its progress: a bar on a terminal, a picture in a notebook, plain lines elsewhere."""
 
 import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from ddp_lib.distributed.world import World
 
@@ -15,13 +15,22 @@ _LINE_EVERY_S = 2.0
 _BAR = "{desc}|{bar:10}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 
 
+class View(Protocol):
+    """A notebook's, which draws the run from its logs."""
+
+    def tick(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class Progress:
-    """Loss by epoch and batch, from local rank 0 of every machine."""
+    """Loss by epoch and batch, from local rank 0 of every machine; `view`, if any, shows it instead."""
 
     world: World
     epochs: int
     steps_per_epoch: int
+    view: View | None = None
     _next_line_s: float = 0.0
 
     @cached_property
@@ -40,9 +49,16 @@ class Progress:
             self.bar.clear()
         print(f"[rank {self.world.rank}] {text}", flush=True)
 
+    def epoch_done(self, epoch: int, results: str) -> None:
+        """epoch: from 0."""
+        if self.view is None:
+            self.say(f"epoch {epoch + 1}/{self.epochs} done: {results}")
+
     def step(self, epoch: int, step: int, loss: float, images_per_s: float) -> None:
         """epoch: from 0; step: through all epochs, from 0; images_per_s: over all ranks."""
-        if self.world.local_rank != 0:
+        if self.view is not None:
+            self.view.tick()
+        if self.view is not None or self.world.local_rank != 0:
             return
         batch = step % self.steps_per_epoch + 1
         if self.bar is not None:
@@ -63,5 +79,7 @@ class Progress:
             )
 
     def close(self) -> None:
+        if self.view is not None:
+            self.view.close()
         if vars(self).get("bar") is not None:
             self.bar.close()
