@@ -12,13 +12,7 @@ from ddp_lib.launch import main as launch
 from ddp_lib.report import watch as module
 from ddp_lib.report.live_run import LiveRun
 from ddp_lib.run_dir.log import RunLog
-from tests.lab.logs import step, write
-
-
-def end(folder, ranks=2, why="finished"):
-    for rank in range(ranks):
-        with RunLog(folder, rank) as log:
-            log.end(60, why)
+from tests.lab.logs import finish, step, write
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +22,7 @@ def quick(monkeypatch):
 
 def test_it_ends_when_the_run_ends(tmp_path, capsys):
     write(tmp_path, ranks=2)
-    later = threading.Timer(0.3, end, [tmp_path])
+    later = threading.Timer(0.3, finish, [tmp_path])
     later.start()
     watch(tmp_path)
     assert not later.is_alive()
@@ -42,7 +36,7 @@ def test_it_may_begin_before_the_run(tmp_path, capsys):
 
     def train():
         write(folder, ranks=2)
-        end(folder, why="signal 15")
+        finish(folder, why="signal 15")
 
     later = threading.Timer(0.2, train)
     later.start()
@@ -153,7 +147,7 @@ def test_a_cell_keeps_the_last_picture_and_what_nbval_may_compare(tmp_path):
         seen.append((message["msg_type"], message["content"].get("data", {})))
         if "step 59" in str(message["content"]) and not (tmp_path / "end").exists():
             (tmp_path / "end").touch()
-            threading.Timer(1, end, [tmp_path / "run"]).start()
+            threading.Timer(1, finish, [tmp_path / "run"]).start()
         return process(message, *args)
 
     client.process_message = record
