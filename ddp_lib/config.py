@@ -68,7 +68,8 @@ class TrainConfig:
     """Seconds after which the master's folder gets the new log lines of machines that do not share its disk;
     within an epoch, to be watched."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """auto: nccl if every rank has a GPU of its own, else gloo and the CPU; refused if only some have one."""
+    """auto: nccl if every rank has a GPU of its own, else gloo; refused if only some have one. gloo: on the
+    CPU."""
     join_timeout_s: float = 60.0
     """Seconds to wait for the master and the other ranks at the start."""
     timeout_s: float = 120.0

@@ -42,15 +42,15 @@ class Place:
 
 
 def look(rank_env: RankEnv, asked: str, environ: Mapping[str, str]) -> Seen:
-    """What this rank sees. Starts CUDA if there are GPUs; not if gloo is asked for and there are other ranks:
-    they then compute on CPUs."""
+    """What this rank sees. Starts CUDA if there are GPUs, and if gloo is not asked for: ranks then compute on
+    the CPU."""
     host = socket.gethostname()
     boot = ""  # two machines may have one name
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     machine = f"{host} {boot}"
     gpus, trouble = [], ""
-    if asked != "gloo" or rank_env.world_size == 1:
+    if asked != "gloo":
         try:
             for number in range(torch.cuda.device_count()):
                 gpus.append(
@@ -95,7 +95,7 @@ def place(ranks: Sequence[Seen]) -> list[Place]:
     Each takes the first GPU that it sees and no other has taken, in the order of the local ranks: cuda:N for
     local rank N if all see all GPUs, cuda:0 if each is shown one of its own. With nccl, ranks of a machine
     that have the same local rank, as without LOCAL_RANK, are numbered again. A single rank has no group, and
-    takes a GPU if there is one.
+    takes a GPU if there is one. gloo keeps all ranks on the CPU.
 
     UserError if ranks ask for different backends, if nccl is asked for and a rank has no GPU of its own, or
     if `auto` would move ranks that have a GPU to the CPU because others have none. On one machine with fewer
@@ -115,7 +115,7 @@ def place(ranks: Sequence[Seen]) -> list[Place]:
     shared = one_machine and all(seen.gpus for seen in ranks)
     if without and (asked == "nccl" or (asked == "auto" and any(s.gpus for s in ranks) and not shared)):
         raise UserError(_refusal(ranks, without, have))
-    if not without and (asked != "gloo" or len(ranks) == 1):
+    if not without and asked != "gloo":
         backend = "none" if len(ranks) == 1 else "nccl"
         own = "each rank is shown a GPU of its own" if len(ranks[0].gpus) < numbered[0][1] else have
         why = "asked for" if asked == "nccl" else own

@@ -76,6 +76,7 @@ class World(RankEnv):
     ) -> "World":
         """Joins the process group that flags or environment describe (see `read_rank_env`).
 
+        backend: auto, nccl, or gloo, which keeps this rank on the CPU, also where there are GPUs.
         join_timeout_s: how long to wait for the master and for the other ranks, seconds.
         timeout_s: how long a collective waits for the slowest rank, seconds; default: what ddp-launch run
         was given as --timeout-s, else 120.
