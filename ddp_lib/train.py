@@ -22,7 +22,8 @@ from ddp_lib.config import PER_MACHINE, TrainConfig
 from ddp_lib.data.batch import make_batch
 from ddp_lib.data.dataset import Dataset, load_dataset
 from ddp_lib.data.sampler import TrainSampler, batch_share
-from ddp_lib.distributed.coordination import all_reduce_status, broadcast_result, compare
+from ddp_lib.distributed.collectives import all_reduce_status
+from ddp_lib.distributed.coordination import broadcast_result, compare
 from ddp_lib.distributed.device import keep_freed_memory
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError, first_line
@@ -217,8 +218,7 @@ def fit(
 
 def load_same_data(config: TrainConfig, world: World, data: Dataset | None) -> Dataset:
     """`data`, or what config names. UserError, on every rank, if ranks differ in flags or data."""
-    settings = {name: value for name, value in asdict(config).items() if name not in PER_MACHINE}
-    equal = {"--" + name.replace("_", "-"): value for name, value in settings.items()}
+    equal = {f"--{n.replace('_', '-')}": v for n, v in asdict(config).items() if n not in PER_MACHINE}
     compare(world, "flags", equal, "give every machine the same", config.join_timeout_s)
     if data is None:
         data = load_own_data(config, partial(world.say, every_node=True))

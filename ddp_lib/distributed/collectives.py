@@ -1,4 +1,6 @@
-"""Bytes between ranks, as tensors over the process group: no pickle."""
+"""What ranks tell each other over the process group: bytes, and in each step whether to stop or to save."""
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,3 +37,26 @@ def gather_bytes(world: World, payload: bytes) -> list[bytes]:
     if len(padded):
         dist.gather(padded, pieces)
     return [piece[:size].cpu().numpy().tobytes() for piece, size in zip(pieces or [], sizes, strict=False)]
+
+
+class Status(NamedTuple):
+    """What the ranks tell each other in a step; valid once `work` is done.
+
+    flags: int64 (3,) on the device: the highest rank, from 1, whose loss is not finite (0: none); the highest
+    signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
+    """
+
+    flags: torch.Tensor
+    work: dist.Work | None
+
+
+def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: World) -> Status:
+    """Starts the all-reduce of a step's `Status`. Call it before backward: the two then overlap.
+
+    loss: this rank's. signal: the number of the signal that this rank received, or 0.
+    """
+    flags = torch.tensor([world.rank + 1, signal, save and world.rank == 0])
+    flags = flags.to(world.device, non_blocking=True)
+    flags[0] *= ~torch.isfinite(loss)
+    work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if world.world_size > 1 else None
+    return Status(flags, work)

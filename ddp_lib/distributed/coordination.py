@@ -1,4 +1,4 @@
-"""What ranks tell each other: plain values over the store, and in each step whether to stop or to save.
+"""What ranks tell each other over the store: plain values.
 
 Each rank writes its own key in the store. Rank 0 collects them as they come and publishes one answer; the
 others wait for that answer, which may be an error. So the number of operations grows with the number of ranks
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -284,26 +284,3 @@ def all_gather_results(world: "World", what: str, make: Callable[[], Any], timeo
     with world.store_group.publishing_errors():
         value = make()
     return world.store_group.exchange(what, value, timeout_s)
-
-
-class Status(NamedTuple):
-    """What the ranks tell each other in a step; valid once `work` is done.
-
-    flags: int64 (3,) on the device: the highest rank, from 1, whose loss is not finite (0: none); the highest
-    signal that asked a rank to stop (0: none); whether rank 0 wants a checkpoint (0 or 1).
-    """
-
-    flags: torch.Tensor
-    work: dist.Work | None
-
-
-def all_reduce_status(loss: torch.Tensor, signal: int, save: bool, world: "World") -> Status:
-    """Starts the all-reduce of a step's `Status`. Call it before backward: the two then overlap.
-
-    loss: this rank's. signal: the number of the signal that this rank received, or 0.
-    """
-    flags = torch.tensor([world.rank + 1, signal, save and world.rank == 0])
-    flags = flags.to(world.device, non_blocking=True)
-    flags[0] *= ~torch.isfinite(loss)
-    work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if world.world_size > 1 else None
-    return Status(flags, work)

@@ -6,6 +6,7 @@ host's ranks come first: rank 0 is on the master.
 """
 
 import socket
+import sys
 import time
 from datetime import timedelta
 from ipaddress import ip_address
@@ -34,7 +35,7 @@ from ddp_lib.launch.peers import Peers
 # How long an elastic job with its minimum of machines waits for more; later ones may still join.
 _LAST_CALL_S = 10
 # How long saying good-bye may take. How long a host that cannot take part waits for the others.
-_LEAVE_S, _COME_S = 5, 5.0
+_LEAVE_S, _COME_S = 5, 20.0
 
 
 class Rendezvous(DynamicRendezvousHandler):
@@ -54,8 +55,14 @@ def _sort_key(address: str) -> str:
 def refuse(peers: Peers, error: UserError) -> None:
     """Ends the job on every machine: this one cannot take part. The store's host waits for those that are
     just starting, at most _COME_S."""
-    deadline, most = time.monotonic() + _COME_S, peers.launch.nodes[1]
-    wait_until_true(lambda: not peers.hosts or len(peers.arrived()) >= most, deadline)
+
+    def all_came() -> bool:
+        return not peers.hosts or len(peers.arrived()) >= peers.launch.nodes[1]
+
+    if not all_came():
+        text = f"waiting for the other machines, at most {_COME_S:g} s, to tell them"
+        print(f"ddp-launch: {text}", file=sys.stderr, flush=True)
+        wait_until_true(all_came, time.monotonic() + _COME_S)
     peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
     peers.wait_until_read()
 

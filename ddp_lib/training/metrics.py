@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from ddp_lib.distributed.coordination import Status
+from ddp_lib.distributed.collectives import Status
 from ddp_lib.distributed.world import World
 from ddp_lib.errors import UserError
 from ddp_lib.run_dir.log import RunLog
