@@ -27,6 +27,7 @@ from ddp_lib.launch.options import (
     Launch,
     LaunchOptions,
     ScriptOptions,
+    Switch,
     count_ranks,
     read_launch,
 )
@@ -107,7 +108,7 @@ class WatchOptions:
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run, which may begin later."""
-    once: Annotated[int, tyro.conf.UseCounterAction] = 0
+    once: Switch = 0
     """Print one line per rank, for scripts, and end."""
     wait_s: float = 60.0
     """Seconds without a new line after which a run that no job has is taken to have ended."""

@@ -108,6 +108,13 @@ class RankLog:
                 self._add(number * self.width // width, *sums)
             self.width = width
 
+    def curve(self, points: int) -> list[float]:
+        """The losses until now as at most `points` means, from the first step to the last."""
+        bins = [sums for _, sums in sorted(self.bins.items())]
+        size = -(-len(bins) // points) or 1
+        parts = (bins[begin : begin + size] for begin in range(0, len(bins), size))
+        return [ratio(sum(loss for _, loss, _ in part), sum(n for n, _, _ in part)) for part in parts]
+
     @property
     def loss(self) -> float:
         """Mean over the images of the recent steps."""

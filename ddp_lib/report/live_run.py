@@ -142,7 +142,8 @@ class LiveRun:
         return [*silent(self.newest, self.sync_s), *self._judged]
 
     def table(self) -> "tuple[pd.DataFrame, pd.DataFrame, int]":
-        """Steps and events as read_run and read_events give them, and how many steps a row stands for."""
+        """Steps that all ranks have done, and events, as read_run and read_events give them; and how many
+        steps a row stands for."""
         import pandas as pd
 
         width = max((self.logs[rank].width for rank in self.ranks), default=1)
@@ -152,7 +153,7 @@ class LiveRun:
             log.widen(width)
             events += [{**event, "rank": rank, "start": event.get("start", 0)} for event in log.events]
             for number, (samples, loss, seconds) in sorted(log.bins.items()):
-                if samples:
+                if samples and number * width <= self.step:
                     rows.append((rank, number * width, samples, loss / samples, seconds))
         steps = pd.DataFrame(rows, columns=["rank", "step", "samples", "loss", "step_s"])
         first = ["event", "rank", "start"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ddp_lib.errors import UserError
-from ddp_lib.report.live_log import RECENT
+from ddp_lib.report.live_log import RECENT, RankLog
 from ddp_lib.report.live_run import LiveRun
 from ddp_lib.run_dir.log import read_events
 
@@ -25,6 +25,8 @@ DRAWING = 0.15  # of a core, at most
 _LINE_EVERY_S = 10.0  # where lines are appended: between two that say how far the run is
 _NEW_S = 30.0  # a warning that has not held for so long is new
 _COLUMNS, _ROWS = 80, 24  # rows: of ranks in a notebook, and where a terminal does not say its size
+_INCHES = (10, 7.5)  # of a picture in a cell, at 72 dots: below the table of some ranks on one screen
+_BARS, _CURVE = "▁▂▃▄▅▆▇█", 20  # on a terminal: how low and high losses look, and characters of a curve
 # A job that was killed leaves its signature in the folder: then silence lasts this many times as long.
 _WITH_JOB = 10
 
@@ -90,8 +92,11 @@ def _why_over(run: LiveRun, wait_s: float) -> str:
     return ""
 
 
-def table(run: LiveRun, rows: int) -> list[str]:
-    """The run in lines of at most 80 columns, with at most `rows` ranks: those with warnings first."""
+def table(run: LiveRun, rows: int, bars: str = "") -> list[str]:
+    """The run in lines of at most 80 columns, with at most `rows` ranks: those with warnings first.
+
+    bars: characters that draw the losses of the whole run, from low to high.
+    """
     name, ranks = run.folder.resolve().name, len(run.ranks)
     if run.step < 0:
         return [f"{name}: waiting for the first step"]
@@ -102,15 +107,19 @@ def table(run: LiveRun, rows: int) -> list[str]:
     if not math.isnan(run.test_accuracy):
         parts.append(f"test accuracy {run.test_accuracy:.1%}")
     lines = textwrap.wrap(", ".join(parts), _COLUMNS)
-    lines.append(f"rank      step      loss  images/s  waiting   (means of the last {RECENT} steps)")
+    heading = f"(means of {RECENT} steps)" if not bars else "loss until now"
+    lines.append(f"rank      step      loss  images/s  waiting  {heading}")
     warnings = run.warnings()
     named = {rank for warning in warnings for rank in warning.ranks}
     first = sorted(sorted(run.ranks, key=lambda rank: rank not in named)[:rows])
-    for rank in first:
+    curves = _draw_curves([run.logs[rank] for rank in first], bars)
+    for rank, curve in zip(first, curves, strict=True):
         log, waiting = run.logs[rank], run.waiting.get(rank, math.nan)
         waits = "-" if math.isnan(waiting) else f"{waiting:.0%}"
         mark = " !" if rank in named else ""
-        row = f"{rank:4} {log.step:9,} {log.loss:9.4f} {log.images_per_s:9,.0f} {waits:>8}  {log.ended}"
+        row = (
+            f"{rank:4} {log.step:9,} {log.loss:9.4f} {log.images_per_s:9,.0f} {waits:>8}  {curve}{log.ended}"
+        )
         lines.append(f"{row}{mark}".rstrip()[:_COLUMNS])
     if hidden := ranks - len(first):
         lines.append(f"     and {hidden} more ranks")
@@ -119,6 +128,22 @@ def table(run: LiveRun, rows: int) -> list[str]:
     for warning in warnings:
         lines += textwrap.wrap(f"! {warning.text}", _COLUMNS, subsequent_indent="  ")
     return lines
+
+
+def _draw_curves(logs: list[RankLog], bars: str) -> list[str]:
+    """Each rank's losses in the same scale, as characters of `bars`; "" without."""
+    if not bars:
+        return [""] * len(logs)
+    curves = [log.curve(_CURVE) for log in logs]
+    seen = [loss for curve in curves for loss in curve if math.isfinite(loss)]
+    low, high = min(seen, default=0.0), max(seen, default=0.0)
+
+    def bar(loss: float) -> str:
+        if not math.isfinite(loss):
+            return "!"
+        return bars[int((loss - low) / (high - low) * (len(bars) - 1) + 0.5) if high > low else 0]
+
+    return ["".join(map(bar, curve)).ljust(_CURVE + 2) for curve in curves]
 
 
 class _View(Protocol):
@@ -175,11 +200,13 @@ class _Terminal:
     def __init__(self, run: LiveRun) -> None:
         self.run = run
         self._lines: list[str] = []
+        can_draw = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        self._bars = _BARS if can_draw else "_.-=^"
 
     def show(self, new: bool) -> None:
         size = shutil.get_terminal_size((_COLUMNS, _ROWS))
         warnings = 2 * len(self.run.warnings())
-        lines = table(self.run, max(1, size.lines - 6 - warnings))
+        lines = table(self.run, max(1, size.lines - 6 - warnings), self._bars)
         lines = [line[: size.columns - 1] for line in lines][: size.lines - 1]
         if lines != self._lines:
             up = f"\x1b[{len(self._lines)}A" if self._lines else ""
@@ -193,7 +220,7 @@ class _Terminal:
 
 
 class Cell:
-    """A notebook's cell: a picture, and below it the table while the run goes on, then the last lines.
+    """A notebook's cell: while the run goes on the table, then a picture, which stays, then the last lines.
 
     What changes by the moment is in outputs that start and end with the same text, so that nbval compares
     equal things: it reads neither later versions of an output nor pictures.
@@ -203,8 +230,8 @@ class Cell:
         from IPython.display import display
 
         self.run, self.drawing = run, drawing
-        self._picture: Any = display(self._bundle(None), raw=True, display_id=True)
         self._table: Any = display({"text/plain": ""}, raw=True, display_id=True)
+        self._picture: Any = display(self._bundle(None), raw=True, display_id=True)
         self._text = ""
         self._stale, self._next_s = False, -math.inf
 
@@ -218,10 +245,11 @@ class Cell:
             self._table.update({"text/plain": text}, raw=True)
         self._stale |= new
         if self._stale and time.monotonic() >= self._next_s and not self.run.ended:
-            began_s = time.monotonic()
+            began_s = time.thread_time()
             self._draw()
-            now = time.monotonic()
-            self._stale, self._next_s = False, now + (now - began_s) * (1 / self.drawing - 1)
+            # The first picture also imports what draws, which is not counted.
+            spent_s = time.thread_time() - began_s if self._next_s > 0 else 0.0
+            self._stale, self._next_s = False, time.monotonic() + spent_s * (1 / self.drawing - 1)
 
     def _draw(self) -> None:
         from ddp_lib.report.plots import draw_steps
@@ -233,6 +261,7 @@ class Cell:
 
     def _update(self, figure: Any) -> None:
         file = io.BytesIO()
+        figure.set_size_inches(*_INCHES)
         figure.savefig(file, format="png", dpi=72)
         self._picture.update(self._bundle(file.getvalue()), raw=True)
 

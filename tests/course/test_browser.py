@@ -1,4 +1,4 @@
-"""A walk through the course as a reader takes it: JupyterLab in Chromium, Run All, all is well.
+"""The course as a reader takes it, and a run that is watched: JupyterLab in Chromium.
 
 Skipped where no Chromium is installed; `.ci/run` installs it.
 """
@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,10 +17,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import websocket
 
 from ddp_lib.course.site import write_site
+from tests.lab.logs import finish, grow
+from tests.lab.notebooks import make_cell, make_notebook
 from tests.lab.ports import free_port
 from tests.lab.project import ROOT
 
@@ -214,3 +219,67 @@ def test_the_site_fits_the_screen_and_is_searched(width, page, tmp_path):
     page.wait_for_url("**/*.html#*")
     assert "set_epoch" in page.inner_text("main")
     assert page_errors == []
+
+
+def set_theme(page, theme: str) -> None:
+    page.click(".lm-MenuBar-itemLabel:text-is('Settings')")
+    page.hover(".lm-Menu-itemLabel:text-is('Theme')")
+    page.click(f".lm-Menu-itemLabel:text-is('JupyterLab {theme}')")
+    dark = str(theme == "Light").lower()
+    page.wait_for_selector(f"body[data-jp-theme-light='{dark}']", state="attached")
+    page.wait_for_selector("#jupyterlab-splash", state="detached")
+
+
+def picture(page, path: Path) -> None:
+    """Of the notebook, in both themes; what stands there can be read and is not cut off."""
+    for theme in ("Dark", "Light"):
+        set_theme(page, theme)
+        page.locator(".jp-CodeCell").last.scroll_into_view_if_needed()
+        page.screenshot(path=path.with_name(f"{path.name}-{theme.lower()}.png"))
+    cut = f"[...document.querySelectorAll('{OUTPUTS} pre')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.evaluate(cut) == 0
+
+
+@pytest.mark.ranks
+def test_watch_shows_a_run_and_raises_its_alarms(lab, page, project, tmp_path, started):
+    """Of 2 ranks, of which one is stopped for a while; and of 8, of which one is slow."""
+    folder = project / "work"
+    code = "from ddp_lib import watch\nwatch({!r})"
+    cells = [make_cell(None, code.format(name)) for name in ("runs/two", "runs/eight")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else the page asks which one
+    (folder / "watch.ipynb").write_text(json.dumps(make_notebook(*cells) | {"metadata": kernel}))
+    command = "-m ddp_lib.launch train --data shapes --nproc-per-node 2 --epochs 1000 --run-dir runs/two"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen([sys.executable, *command.split()], cwd=folder, **quiet)
+    started.append(run)
+
+    page.goto(f"{lab.url}/lab/tree/work/watch.ipynb?reset&token=t")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    run_all(page, lab)
+    page.wait_for_selector(f"{OUTPUTS}:has-text('images/s')")
+    page.wait_for_selector(f"{OUTPUTS} img")
+    picture(page, tmp_path / "two")
+    [*ranks] = (p for p in psutil.Process(run.pid).children(recursive=True) if p.name() == "ddp-rank1")
+    ranks[0].suspend()
+    page.wait_for_selector(f"{OUTPUTS}:has-text('no line for')")
+    picture(page, tmp_path / "two-stopped")
+    ranks[0].resume()
+    page.wait_for_selector(f"{OUTPUTS}:has-text('no line for')", state="detached")
+    run.send_signal(signal.SIGTERM)
+    page.wait_for_selector(f"{OUTPUTS}:has-text('runs/two: signal 15, 2 ranks')")
+    picture(page, tmp_path / "two-ended")
+
+    over = threading.Event()
+    slow = threading.Thread(target=grow, args=(folder / "runs" / "eight", 8, 5, over))
+    slow.start()
+    try:
+        page.wait_for_selector(f"{OUTPUTS}:has-text('! rank 5 is slow: it works 8')")
+        page.wait_for_selector(f"{OUTPUTS} img >> nth=1")
+        picture(page, tmp_path / "eight-slow")
+    finally:
+        over.set()
+        slow.join()
+    finish(folder / "runs" / "eight", 8)
+    page.wait_for_selector(f"{OUTPUTS}:has-text('runs/eight: finished, 8 ranks')")
+    picture(page, tmp_path / "eight-ended")
+    assert page.locator(ERRORS).all_inner_texts() == []

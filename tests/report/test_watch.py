@@ -96,6 +96,15 @@ def test_lines_fit_and_name_the_ranks_to_look_at(tmp_path):
     assert lines[7].startswith("! rank 28 is slow")
 
 
+def test_curves_have_one_scale_and_mark_what_is_not_finite(tmp_path):
+    losses = {0: [8.0] * 40 + [0.0] * 20, 1: [4.0] * 57 + [float("nan")] * 3}
+    run = LiveRun(write(tmp_path, ranks=2, change=lambda rank, n: {"loss": losses[rank][n]}))
+    run.look()
+    rows = module.table(run, 2, "_-=")[2:4]
+    assert [row.split()[5] for row in rows] == ["=" * 13 + "-" + "_" * 6, "-" * 19 + "!"]
+    assert max(map(len, rows)) <= 80
+
+
 def test_a_warning_is_said_once_where_lines_are_appended(tmp_path, capsys):
     write(tmp_path, ranks=2, change=lambda rank, n: {"loss": float("nan")} if rank else {})
     run = LiveRun(tmp_path)
@@ -153,10 +162,10 @@ def test_a_cell_keeps_the_last_picture_and_what_nbval_may_compare(tmp_path):
     client.process_message = record
     client.execute(cwd=str(tmp_path))
     shown = [data for kind, data in seen if kind == "display_data"]
-    assert shown == [{"text/plain": "<the run run>"}, {"text/plain": ""}]
+    assert shown == [{"text/plain": ""}, {"text/plain": "<the run run>"}]
     updates = [data for kind, data in seen if kind == "update_display_data"]
     assert sum("image/png" in data for data in updates) >= 2  # while it went on, and the last one
-    picture, table, line = cell.outputs
+    table, picture, line = cell.outputs
     assert picture["data"]["image/png"] and picture["data"]["text/plain"] == "<the run run>"
     assert table["data"] == {"text/plain": ""}
     assert line["text"] == "run: finished, 2 ranks, 60 steps\n"

@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.fixture
 def screen(tmp_path):
     """screen(command, until): what stands there once `until` does; the first call starts `command`."""
-    words = ["tmux", "-S", str(tmp_path / "tmux"), "-f", "/dev/null"]
+    words = ["tmux", "-u", "-S", str(tmp_path / "tmux"), "-f", "/dev/null"]
 
     def tmux(*command):
         return subprocess.run([*words, *command], check=True, capture_output=True, text=True).stdout
@@ -51,7 +51,8 @@ def test_a_slow_rank_is_seen_on_a_terminal(tmp_path, screen):
     assert shown[0].startswith("eight: 8 ranks, step ")
     rows = [line.split()[0] for line in shown[2:10]]
     assert rows == [*"01234567"], shown  # drawn in place: each rank once
-    assert shown[7].split()[4:] == ["0%", "!"] and shown[2].split()[4] == "37%"
+    assert [line.split()[4] for line in (shown[2], shown[7])] == ["37%", "0%"] and shown[7].endswith("!")
+    assert "".join(shown[2:10]).count("█") >= 1  # of all losses, the highest
     finish(tmp_path / "eight", 8)
     ended = screen(command, "eight: finished, 8 ranks")
     assert ended.count("eight: 8 ranks, step ") == 1 and max(map(len, ended.splitlines())) <= 80
