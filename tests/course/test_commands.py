@@ -130,7 +130,7 @@ def test_named_commands_and_flags_exist(path):
 @each_page
 def test_flags_named_alone_exist(path):
     """`--flag` between backticks, without its command."""
-    ours = ("ddp-launch run", "ddp-launch train", "ddp-launch check", "ddp-launch plot", "torchrun")
+    ours = (*(f"ddp-launch {name}" for name in ("run", "train", "check", "plot", "watch")), "torchrun")
     known = set().union(*(flags_of(command) or () for command in ours), *FOREIGN_FLAGS.values())
     for script in EXAMPLES.glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
