@@ -94,6 +94,7 @@ bench: $(INSTALLED) ## run the short benchmarks on this machine and write benchm
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/watch.py reading
 	$(BIN)/python benchmarks/report.py
 
 bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of images, such as CIFAR-10's
@@ -103,11 +104,13 @@ bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of i
 	$(BIN)/python benchmarks/throughput.py --rounds 9
 	$(BIN)/python benchmarks/resume.py --rounds 5
 	$(BIN)/python benchmarks/scaling.py --full --steps 20
+	$(BIN)/python benchmarks/watch.py reading
 	$(BIN)/python benchmarks/memory.py --data "$(DATA)"
 	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
 	$(BIN)/python benchmarks/gpu.py --data "$(DATA)"
 	if [ "$$(id -u)" = 0 ]; then \
-	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py; fi  # these need root
+	  $(BIN)/python benchmarks/network_setups.py && $(BIN)/python benchmarks/faults.py && \
+	  $(BIN)/python benchmarks/watch.py sync; fi  # these need root
 	$(BIN)/python benchmarks/report.py
 
 # The interpreter that is named, else the project's own if it is there. Nothing is installed.
