@@ -12,7 +12,7 @@ PER_MACHINE = frozenset("run_dir data_dir data data_timeout_s".split())
 # Fields that may differ when a run is resumed: they do not change what is computed. Data is compared by its
 # content.
 FREE_ON_RESUME = frozenset(
-    "epochs run_dir data data_dir resume backend checkpoint_every_s log_sync_s"
+    "epochs run_dir data data_dir resume backend checkpoint_every_s log_sync_s export"
     " join_timeout_s timeout_s data_timeout_s".split()
 )
 
@@ -67,6 +67,8 @@ class TrainConfig:
     log_sync_s: float = 5.0
     """Seconds after which the master's folder gets the new log lines of machines that do not share its disk;
     within an epoch, to be watched."""
+    export: Literal["none", "tensorboard", "wandb"] = "none"
+    """Write each rank's log for TensorBoard too, or for Weights & Biases (offline); needs that package."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl if every rank has a GPU of its own, else gloo; refused if only some have one. gloo: on the
     CPU."""

@@ -135,7 +135,7 @@ def fit(
             run.checkpoint.sync_logs()
             return evaluation
 
-        log = RunLog(run.folder, world.rank)
+        log = RunLog(run.folder, world.rank, config.export)
         view = open_view(run.folder) if world.is_main else None
         progress = Progress(world, config.epochs, len(sampler), view)
         first_step = step

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_lib.errors import TransientError, UserError, limit_reached
+from ddp_lib.run_dir.export import Export
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +59,10 @@ class RunLog(AbstractContextManager["RunLog"]):
         log.epoch(epoch, step, test_accuracy=right / count)       # on rank 0
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+    def __init__(self, folder: str | Path, rank: int = 0, export: str = "none") -> None:
+        """export: tensorboard or wandb, which get the lines too. UserError if it is not installed."""
         self.path, self.rank = log_path(folder, rank), rank
+        self._export = None if export == "none" else Export(export, Path(folder), rank)
         self._stepped_s = time.perf_counter()
 
     @cached_property
@@ -129,8 +132,12 @@ class RunLog(AbstractContextManager["RunLog"]):
         with name_disk_errors(self.path, "the same command goes on from the last checkpoint"):
             if self._file.write(line) < len(line):  # a disk that fills up refuses only the next line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self._export is not None:
+            self._export.write(fields)
 
     def close(self) -> None:
+        if self._export is not None:
+            self._export.close()
         if "_file" in vars(self):
             self._file.close()
 
