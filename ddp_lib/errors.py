@@ -37,6 +37,7 @@ def require_seconds(name: str, seconds: float) -> None:
         raise UserError(f"{name} is {seconds!r}: give a number of seconds above 0, up to {LONGEST_S}")
 
 
+NO_SHM = "/dev/shm has no room or cannot be written: in a container, give --shm-size 1g"
 # Limits of the system or of the user: what Python and torch say when one is reached, and what to do. First
 # stands the errno's own text, as os.strerror and C++ give it.
 _LIMITS = (
@@ -53,20 +54,28 @@ _LIMITS = (
     (("File too large",), "a file may not be so large: raise `ulimit -f`"),
     (
         ("unable to allocate shared memory", "unable to open shared memory", "torch_shm_manager"),
-        "/dev/shm has no room or cannot be written: in a container, give --shm-size 1g",
+        NO_SHM,
     ),
 )
+
+
+def text_of(error: BaseException) -> str:
+    """What the exception says; empty if that cannot be had, as of somebody's own class."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def limit_reached(error: BaseException) -> str:
     """The limit of the system that this exception, or the one it came from, met, and the cure; empty if it
     is none, or a GPU's (see `gpu_cause`)."""
-    if gpu_cause(str(error)):
+    if gpu_cause(text_of(error)):
         return ""
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(texts) < 10:
-        texts.append(f"{type(cause).__name__}: {cause}"[:2000])
+        texts.append(f"{type(cause).__name__}: {text_of(cause)}"[:2000])
         cause = cause.__cause__ or cause.__context__
     lines = (line for signs, line in _LIMITS for text in texts if any(sign in text for sign in signs))
     return next(lines, "")
@@ -74,7 +83,7 @@ def limit_reached(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's exception, cut to 160 characters; its type if it is empty."""
-    lines = str(error).strip().splitlines()
+    lines = text_of(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 
 
@@ -109,12 +118,12 @@ def lost_a_peer(text: str) -> bool:
 
 def is_peer_gone(error: BaseException) -> bool:
     """Whether a collective failed because another rank has left or died."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_GONE)
+    return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in PEER_GONE)
 
 
 def is_timeout(error: BaseException) -> bool:
     """Whether a collective failed because another rank did not come."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TIMED_OUT)
+    return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in _TIMED_OUT)
 
 
 # What NCCL and CUDA say, the most telling signs first, and the cure.

@@ -2,12 +2,23 @@
 
 import errno
 import os
+import signal
+import socket
 import sys
+from multiprocessing import Pipe
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
-from ddp_lib.errors import TransientError, limit_reached
-from ddp_lib.processes.exit_status import as_exit_status
+import ddp_lib.distributed.store
+from ddp_lib.distributed.addresses import Endpoint
+from ddp_lib.distributed.store import host_store
+from ddp_lib.errors import TransientError, UserError, limit_reached
+from ddp_lib.launch import run_agent
+from ddp_lib.notebook import worker
+from ddp_lib.processes.exit_status import as_exit_status, print_error
 from ddp_lib.run_dir.checkpoint_file import write_atomic
 from ddp_lib.run_dir.log import name_disk_errors
 
@@ -78,3 +89,49 @@ def test_a_closed_standard_error_takes_no_file(monkeypatch, tmp_path):
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def test_a_loopback_interface_that_is_down_is_named(monkeypatch):
+    eth0 = SimpleNamespace(address="10.0.0.7", family=socket.AF_INET)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [], "eth0": [eth0]})
+    with pytest.raises(UserError, match=r"the loopback interface of .* is down.*ip link set lo up"):
+        host_store(Endpoint("127.0.0.1", 0), 1.0, one_machine=True)
+
+
+def test_why_there_is_no_store_reaches_the_notebook(monkeypatch):
+    refused = Mock(side_effect=UserError("the loopback interface is down"))
+    monkeypatch.setattr(ddp_lib.distributed.store, "host_store", refused)
+    monkeypatch.setattr(signal, "signal", Mock())
+    here, there = Pipe()
+    worker.host_store(there)
+    assert str(here.recv()) == "the loopback interface is down"
+
+
+def test_shared_memory_without_which_no_rank_starts_is_named():
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS))  # as multiprocessing's semaphores say it
+    with pytest.raises(TransientError, match="/dev/shm has no room or cannot be written"):
+        run_agent._run(Mock(run=Mock(side_effect=refused)), Mock(), 1.0)
+
+
+def test_an_exception_that_cannot_be_printed_is_one(capfd):
+    class Odd(RuntimeError):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    with as_exit_status() as outcome:
+        raise Odd
+    assert outcome.status == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("ddp-launch: error: Odd: ")
+
+
+def test_a_path_that_cannot_be_used_is_one_line(capfd, tmp_path):
+    with as_exit_status() as outcome:
+        os.stat(tmp_path / ("x" * 300))
+    out, error = capfd.readouterr()
+    assert (outcome.status, out, error.count("\n")) == (2, "", 1)
+    assert "xxx' cannot be used (File name too long)" in error
+
+
+def test_a_line_stays_one_whatever_a_name_in_it_holds(capfd):
+    print_error("a\nb \x1b[31m \udcff \u732b")
+    assert capfd.readouterr().err == "ddp-launch: error: a\\nb \\x1b[31m \\udcff \u732b\n"

@@ -160,11 +160,10 @@ def choose_interface(endpoint: Endpoint, one_machine: bool, store: dist.Store, t
     On the master, if only the others know which one leads to them, it is the one at which the first of them
     has reached the store within timeout_s. UserError if the user named one that is not there.
     """
+    require_interfaces()
     address = None
-    if not one_machine:
-        require_interfaces()
-        if "GLOO_SOCKET_IFNAME" not in os.environ and is_guess(endpoint):
-            address = wait_for(store, _REACHED, time.monotonic() + timeout_s)
+    if not one_machine and "GLOO_SOCKET_IFNAME" not in os.environ and is_guess(endpoint):
+        address = wait_for(store, _REACHED, time.monotonic() + timeout_s)
     name_interface(endpoint, one_machine, address=address)
     return address or own_address(endpoint, one_machine)
 
@@ -208,6 +207,11 @@ def host_store(endpoint: Endpoint, join_timeout_s: float, one_machine: bool) -> 
     everywhere = not usable or (not one_machine and is_guess(endpoint))
     ipv6 = ":" in (usable or addresses)[0] or (everywhere and any(":" in a and a != "::1" for a in mine))
     address = ("::" if ipv6 else "0.0.0.0") if everywhere else usable[0]
+    if is_loopback(address) and not any(map(is_loopback, mine)):  # Linux lets it be bound all the same
+        raise UserError(
+            f"the loopback interface of {socket.gethostname()} is down, and the ranks of one machine meet at "
+            f"{address}: bring it up, `ip link set lo up`"
+        )
     try:
         listener = socket.create_server(
             (address, endpoint.port),

@@ -1,6 +1,7 @@
 """How a rank ended, in one line: from its exit status, what it wrote about it, and its log."""
 
 import json
+import re
 import signal
 import socket
 from collections.abc import Collection
@@ -64,6 +65,12 @@ def cause_of(
     return cause._replace(line=cause.line + name_log(cause.rank, logs))
 
 
+def say_where(text: str) -> str:
+    """The text with this machine's name in front, unless it names it already."""
+    host = socket.gethostname()
+    return text if host in re.split(r"[^\w.-]+", text) else f"{host}: {text}"
+
+
 def name_log(rank: int, logs: LogsSpecs) -> str:
     """Where the rank's whole log is, to append to a line; empty if it has none of its own."""
     paths = logs.paths if isinstance(logs, RankLogs) else {}
@@ -104,7 +111,8 @@ def read_failure(
         at, consequence = float(extra["time"]), int(bool(extra["consequence"]))
         line = " ".join(str(message["message"]).split())
         heard = line.startswith("rank ")  # from the rank that it lost
-        line, waited = line if heard else f"{name}: {line}", bool(consequence) and not heard
+        told = line.removeprefix(f"{socket.gethostname()}: ")
+        line, waited = line if heard else f"{name}: {told}", bool(consequence) and not heard
         status = int(extra.get("status", status))
     elif exception and raised and (code in (1, -signal.SIGABRT) or ended):
         kind, _, said = exception.line.partition(": ")

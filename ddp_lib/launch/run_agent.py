@@ -1,6 +1,7 @@
 """A launcher from the rendezvous to its exit status: runs the agent, and agrees with the other machines on
 the cause of a failure."""
 
+import errno
 import logging
 import os
 import signal
@@ -17,9 +18,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.distributed.addresses import join_host
 from ddp_lib.distributed.coordination import LINGER_S
-from ddp_lib.errors import MAY_PASS, TransientError, UserError, first_line, limit_reached
+from ddp_lib.errors import MAY_PASS, NO_SHM, TransientError, UserError, first_line, limit_reached
 from ddp_lib.launch.agent import Agent
-from ddp_lib.launch.failure import RankFailure
+from ddp_lib.launch.failure import RankFailure, say_where
 from ddp_lib.launch.flight_recorder import share_calls, who_is_behind
 from ddp_lib.launch.machines import compare_machines
 from ddp_lib.launch.options import Launch
@@ -139,12 +140,13 @@ def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, or no more processes
-        why = limit_reached(error) or str(error)
+        shm = error.filename is None and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC)
+        why = limit_reached(error) or (NO_SHM if shm else str(error))  # of multiprocessing's semaphores
         trouble = TransientError(f"cannot start the ranks on {socket.gethostname()}: {why}")
         peers.publish_end(str(trouble), trouble.status)
         raise trouble from error
     except UserError as error:
-        peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
+        peers.publish_end(say_where(str(error)), error.status)
         raise
     finally:
         told_to = isinstance(sys.exc_info()[1], (SignalException, SystemExit))

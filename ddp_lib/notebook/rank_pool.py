@@ -144,6 +144,8 @@ class RankPool:
             raise UserError(
                 "the process that hosts the ranks' store has ended: start fewer ranks, if memory is short"
             ) from None
+        if isinstance(port, UserError):
+            raise port
         for rank in self.ranks:
             with suppress(OSError):  # that rank has died: `receive` notices
                 rank.connection.send(port)

@@ -18,6 +18,7 @@ from typing import Any
 
 import cloudpickle
 
+from ddp_lib.errors import UserError, text_of
 from ddp_lib.processes.forkserver import (
     collect_garbage,
     restore_start_method,
@@ -30,14 +31,18 @@ from ddp_lib.report import live_cell
 def host_store(connection: Connection) -> None:
     """Hosts the ranks' store, as torchrun's agent does, until the other end of `connection` closes.
 
-    Sends the store's port over `connection`. The port is open from the moment it is picked, so no other
-    program can take it.
+    Sends the store's port over `connection`, or the UserError why there is none. The port is open from the
+    moment it is picked, so no other program can take it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ddp_lib.distributed import store
     from ddp_lib.distributed.addresses import Endpoint
 
-    server = store.host_store(Endpoint("127.0.0.1", 0), 60.0, one_machine=True)
+    try:
+        server = store.host_store(Endpoint("127.0.0.1", 0), 60.0, one_machine=True)
+    except UserError as error:
+        connection.send(error)
+        return
     connection.send(server.port)
     connection.poll(None)
 
@@ -120,11 +125,11 @@ def _call_function(work: bytes, files: dict[str, str]) -> tuple[str, Any]:
     except BaseException as error:
         frames = _frames(traceback.extract_tb(error.__traceback__), files)
         traceback.clear_frames(error.__traceback__)
-        return "failed", (type(error).__name__, str(error).strip(), frames, time.time())
+        return "failed", (type(error).__name__, text_of(error).strip(), frames, time.time())
     try:
         return "done", cloudpickle.dumps(result)
     except Exception as error:
-        text = f"what the function returned cannot be sent back: {error}".strip()
+        text = f"what the function returned cannot be sent back: {text_of(error)}".strip()
         return "failed", (type(error).__name__, text, [], time.time())
 
 

@@ -26,6 +26,7 @@ from ddp_lib.errors import (
     is_peer_gone,
     is_timeout,
     limit_reached,
+    text_of,
 )
 from ddp_lib.processes.signals import AGENT
 
@@ -42,8 +43,9 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
 
 
 def print_error(line: str) -> None:
-    """All failures are printed here."""
-    print(f"ddp-launch: error: {line}", file=sys.stderr, flush=True)
+    """All failures are printed here, each in one line whatever a path or a value in it holds."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"ddp-launch: error: {shown}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -78,7 +80,8 @@ class Outcome:
         if error is self.reported:
             return
         self.reported, self.status = error, getattr(error, "status", WILL_FAIL_AGAIN)
-        text = ": ".join(gpu_cause(str(error)) or [" ".join(str(error).split())[:300]])
+        text = text_of(error)
+        text = ": ".join(gpu_cause(text) or [" ".join(text.split())[:300]])
         match error:
             case UserError():
                 self._say(str(error), consequence=isinstance(error, PeerError))
@@ -98,6 +101,11 @@ class Outcome:
             case OSError(errno=errno.ENOSPC, filename=None):  # of a file, `name_disk_errors` has told
                 self.status = MAY_PASS
                 self._say("the disk that the output or /dev/shm is on is full: free it, or print elsewhere")
+            case OSError(filename=str() | bytes() as path):
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                self.status = MAY_PASS if full else self.status
+                cure = "free the disk" if full else "correct the path, or unlock it"
+                self._say(f"{os.fsdecode(path)!r} cannot be used ({error.strerror}): {cure}")
             case _ if is_peer_gone(error):
                 cause = published_error() or TransientError(
                     f"another rank is gone: see its own output ({text})"

@@ -22,7 +22,7 @@ from ddp_lib.config import TrainConfig
 from ddp_lib.data.dataset import Dataset
 from ddp_lib.distributed.coordination import compare
 from ddp_lib.distributed.world import World
-from ddp_lib.errors import UserError, is_peer_gone, is_timeout
+from ddp_lib.errors import UserError, is_peer_gone, is_timeout, text_of
 from ddp_lib.model import build_model
 from ddp_lib.processes.signals import Stopped
 from ddp_lib.processes.stacks import is_library, own_lines
@@ -43,9 +43,9 @@ def blame_model(
     except (UserError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
     except blamed as error:
-        if is_peer_gone(error) or is_timeout(error) or "allocate memory" in str(error):
+        if is_peer_gone(error) or is_timeout(error) or "allocate memory" in (said := text_of(error)):
             raise
-        text = " ".join(str(error).split())[:200]
+        text = " ".join(said.split())[:200]
         said = f"sys.exit({text})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {text}"
         lines = own_lines(traceback.extract_tb(error.__traceback__))
         where = f", {lines[-1]}" if lines else ""
@@ -98,9 +98,9 @@ def build_and_try(
         say(f"the model has parameters in {given.pop()}; it is trained in {dtype}{cure}")
     model.register_forward_hook(partial(_check_logits, spec, classes))
     x = torch.zeros(2, 3, image_size, image_size, device=device, dtype=dtype)
-    model.eval()
     with torch.no_grad():
         with blame_model(spec, f"fails on images of shape {list(x.shape)}"):
+            model.eval()
             model(x)  # lazy modules get their parameters
         try:
             model.to(memory_format=torch.channels_last)

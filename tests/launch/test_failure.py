@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import socket
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from ddp_lib.launch.failure import cause_of, drop_half_written, read_failure
+from ddp_lib.launch.failure import cause_of, drop_half_written, read_failure, say_where
 from ddp_lib.launch.rank_log import RankLogs
 from tests.launch.test_rank_log import MAIN, STEP, traceback
 
@@ -88,6 +89,19 @@ def test_an_end_is_read_from_status_and_log(fail, how):
     failure = read_failure(3, *fail(3, code, text))
     assert (failure.consequence, failure.status) == (consequence, status)
     assert failure.line.startswith("rank 3 on ") and words in failure.line
+
+
+def test_a_machine_is_named_once(fail):
+    host = socket.gethostname()
+    report = {"line": f"{host}: its disk is full", "consequence": False}
+    assert read_failure(1, *fail(1, 1, "", report)).line == f"rank 1 on {host}: its disk is full"
+    for text in (
+        f"rank 1 on {host}: no",
+        f"{host} (10.0.0.1) did not come",
+        f"Python differs on {host}, but",
+    ):
+        assert say_where(text) == text
+    assert say_where(f"the disk of {host}-2 is full") == f"{host}: the disk of {host}-2 is full"
 
 
 def test_what_a_rank_reported_stands_though_it_was_killed_afterwards(fail):
