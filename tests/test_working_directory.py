@@ -76,3 +76,16 @@ def test_one_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys, how):
     assert f"the working directory {folder} is gone, or closed" in error and error.count("\n") == 1
     with pytest.raises(UserError, match="the working directory"):
         run_ranks(int, 1)
+
+
+@pytest.mark.process
+def test_the_launcher_as_a_module_starts_beside_them(scripts):
+    done = subprocess.run(
+        [sys.executable, "-m", "ddp_lib.launch", "stacks", "--timeout-s=0"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=clean_environment(),
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--timeout-s is 0.0" in done.stderr

@@ -1,8 +1,11 @@
 """What a rank's log says about its end."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
-from ddp_lib.launch.rank_log import last_exception
+from ddp_lib.launch.rank_log import NoLogs, last_exception
 
 OWN, TORCH = "/home/me/train.py", "/usr/lib/python3/site-packages/torch/nn.py"
 
@@ -60,3 +63,13 @@ def test_the_exception_and_the_innermost_own_line_are_found(text, line, where):
 )
 def test_a_log_without_an_exception_gives_none(text):
     assert last_exception(text) is None
+
+
+def test_the_folder_of_a_killed_launcher_goes_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living, killed = NoLogs(None), NoLogs(None)
+    (own := tmp_path / "ddp-launch-of-mine").mkdir()
+    killed._lives.lock.release()
+    NoLogs(None)
+    assert own.exists()
+    assert (Path(living.root_log_dir).exists(), Path(killed.root_log_dir).exists()) == (True, False)
