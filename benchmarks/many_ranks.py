@@ -43,7 +43,7 @@ def by_world() -> tuple[float, float]:
     import torch.distributed as dist
 
     began = time.time()
-    with World.join("gloo", log=lambda line: None):
+    with World.join(backend="gloo", log=lambda line: None):
         dist.barrier()
         return began, time.time()
 

@@ -2,10 +2,13 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from ddp_lib.errors import UserError
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -38,6 +41,17 @@ def _quotas(root: Path) -> Iterator[float]:
 def thread_budget(local_world_size: int) -> int:
     """Threads per rank: this machine's usable cores divided among its ranks."""
     return max(1, usable_cores() // local_world_size)
+
+
+def require_threads(environ: Mapping[str, str]) -> None:
+    """UserError if OMP_NUM_THREADS is set, but is no number of threads: OpenMP would print a warning in each
+    process, or start as many as it says."""
+    text = environ.get("OMP_NUM_THREADS", "").strip()
+    if text and not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", text, re.ASCII):
+        raise UserError(
+            f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']!r} is no number of threads: give 1 to 999, or "
+            "unset it to have it chosen"
+        )
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -133,6 +133,14 @@ def _number(env: Mapping[str, str], name: str, cure: str, default: int | None = 
         raise UserError(f"{name}={text!r} is not a whole number: {cure}") from None
 
 
+def seconds_of(env: Mapping[str, str], name: str, default: float) -> float:
+    """The seconds that the variable `name` gives. UserError if it is no number."""
+    try:
+        return float(env.get(name, default))
+    except ValueError:
+        raise UserError(f"{name}={env[name]!r} is no number of seconds: correct it, or unset it") from None
+
+
 def _check_range(name: str, value: int, count_name: str, count: int, first: int = 0) -> None:
     last = first + count - 1
     if not first <= value <= last:
@@ -192,7 +200,7 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,5})\))?", part.strip())
         if not match:
             raise UserError(f"SLURM_TASKS_PER_NODE={text!r} is not understood: start the ranks with srun")
         counts += [int(match[1])] * int(match[2] or 1)

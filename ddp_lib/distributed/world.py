@@ -21,7 +21,7 @@ import torch.distributed.nn.functional
 from ddp_lib.distributed.addresses import own_addresses
 from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import thread_budget
-from ddp_lib.distributed.environment import RankEnv, read_rank_env
+from ddp_lib.distributed.environment import RankEnv, read_rank_env, seconds_of
 from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.placement import first_device, look, place, require_device
 from ddp_lib.distributed.store import open_store
@@ -88,7 +88,7 @@ class World(RankEnv):
         rank_env = read_rank_env(env, **flags)
         started = time.monotonic()
         if timeout_s is None:
-            timeout_s = float(env.get("DDP_LIB_TIMEOUT_S", 120.0))
+            timeout_s = seconds_of(env, "DDP_LIB_TIMEOUT_S", 120.0)
         require_seconds("timeout_s", timeout_s)
         require_seconds("join_timeout_s", join_timeout_s)
         if "OMP_NUM_THREADS" not in env:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
-from ddp_lib.distributed.device import usable_cores
+from ddp_lib.distributed.device import require_threads, usable_cores
 from ddp_lib.distributed.environment import RankEnv, has_rank, read_rank_env, size_variable
 from ddp_lib.errors import UserError, require_seconds
 
@@ -134,6 +134,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
     and MASTER_PORT, or SLURM's), it counts as a machine of one rank, and `Launch.local` is set. UserError
     if flags contradict the variables.
     """
+    require_threads(environ)
     by_pet = not {"PET_NNODES", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"}.isdisjoint(environ)
     values, named = {}, {}
     for field, value in vars(options).items():

@@ -20,6 +20,7 @@ from ddp_lib.run_dir.log import name_disk_errors
 
 # A launcher's folder for temporary files: how its name begins, and the file in it that it has locked.
 _PREFIX, _LOCK = "ddp-launch-", ".of-ddp-launch.lock"
+_JUST_S = 60.0
 # Of a log, so many bytes are searched for the last traceback.
 _TAIL = 1 << 18
 _MESSAGE = 4000  # characters of an exception's message that are searched
@@ -48,8 +49,11 @@ def remove_folders_of_killed_launchers() -> None:
     """Those of `NoLogs`: each launcher that lives holds the lock of its folder."""
     for path in Path(gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
         lock = FileLock(path, fallback_to_soft=False)
-        with suppress(OSError, NotImplementedError), lock.acquire(timeout=0):  # else: the launcher lives
-            shutil.rmtree(path.parent, ignore_errors=True)
+        with suppress(OSError, NotImplementedError):
+            # One that has just made the file may not have locked it yet.
+            if path.stat().st_mtime < time.time() - _JUST_S:
+                with lock.acquire(timeout=0):  # else: the launcher lives
+                    shutil.rmtree(path.parent, ignore_errors=True)
 
 
 class NoLogs(DefaultLogsSpecs):

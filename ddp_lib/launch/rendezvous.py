@@ -5,7 +5,6 @@ Here the machine with the endpoint's address is the host, the store listens only
 host's ranks come first: rank 0 is on the master.
 """
 
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -29,6 +28,7 @@ from ddp_lib.distributed.addresses import (
 from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
 from ddp_lib.errors import UserError
 from ddp_lib.launch.arrival import ArrivalTimes
+from ddp_lib.launch.failure import say_where
 from ddp_lib.launch.options import Launch
 from ddp_lib.launch.peers import Peers
 
@@ -63,7 +63,7 @@ def refuse(peers: Peers, error: UserError) -> None:
         text = f"waiting for the other machines, at most {_COME_S:g} s, to tell them"
         print(f"ddp-launch: {text}", file=sys.stderr, flush=True)
         wait_until_true(all_came, time.monotonic() + _COME_S)
-    peers.publish_end(f"{socket.gethostname()}: {error}", error.status)
+    peers.publish_end(say_where(str(error)), error.status)
     peers.wait_until_read()
 
 
@@ -110,7 +110,8 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
         if here and address and address not in resolve(endpoint.host, endpoint.port):
             master = address  # the name means another here, or the user chose another interface
         master = peers.share_master(master if hosts else None, join_timeout_s) or endpoint.host
-    if trouble:  # now the others watch for it
-        refuse(peers, trouble)
+    if trouble:
+        if several:  # the others watch for it now
+            refuse(peers, trouble)
         raise trouble
     return handler, master, peers

@@ -2,6 +2,8 @@
 
 import pytest
 
+from ddp_lib import World
+from ddp_lib.distributed.device import require_threads
 from ddp_lib.distributed.environment import RankEnv, first_host, read_rank_env, tasks_per_node
 from ddp_lib.errors import UserError
 
@@ -119,3 +121,21 @@ def test_slurms_lists_of_nodes_are_read():
     assert first_host("node1,node2") == "node1"
     assert first_host("a[1-2]b[03,05]") == "a1b03"
     assert first_host("solo") == "solo"
+
+
+@pytest.mark.parametrize("text", ["2(x0)", "0", "1(x99999999999)", "1,,2", ""])
+def test_a_list_of_tasks_that_cannot_be_is_refused(text):
+    with pytest.raises(UserError, match="is not understood"):
+        tasks_per_node(text)
+
+
+def test_seconds_of_a_variable_must_be_a_number():
+    with pytest.raises(UserError, match="DDP_LIB_TIMEOUT_S='soon' is no number of seconds"):
+        World.join(environ={"DDP_LIB_TIMEOUT_S": "soon"})
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-1", "65536", "4,x"])
+def test_threads_must_be_a_number_that_can_be(text):
+    with pytest.raises(UserError, match=rf"OMP_NUM_THREADS='{text}' is no number of threads"):
+        require_threads({"OMP_NUM_THREADS": text})
+    require_threads({"OMP_NUM_THREADS": "4,2"})

@@ -1,5 +1,7 @@
 """Flags and variables of ddp-launch: what they mean, and what is refused before torch is loaded."""
 
+import os
+
 import pytest
 
 from ddp_lib.errors import UserError
@@ -106,3 +108,10 @@ def test_a_switch_is_not_called_repeatable(capsys):
         launch.train(["--help"])
     text = capsys.readouterr().out
     assert "--dry-run" in text and "repeatable" not in text
+
+
+def test_the_help_ends_in_a_terminal_of_few_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        launch.train(["--help"])
+    assert "--dry-run" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"
