@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -219,8 +220,10 @@ class Checkpoint:
                 meta = meta if meta.began else Meta(began, meta.step)
         except UserError as error:
             damage = str(error)  # not raised yet: another machine may have an undamaged checkpoint
-        if (self.folder / SUMMARY).exists() and (self.folder / WEIGHTS).exists():
-            summary = json.loads((self.folder / SUMMARY).read_text())
+        # Damaged results are made again from the checkpoint; a damaged zip fails in many ways.
+        with suppress(Exception), zipfile.ZipFile(self.folder / WEIGHTS) as model:
+            if model.testzip() is None:
+                summary = json.loads((self.folder / SUMMARY).read_text())
         logs = log_sizes(self.folder)
         return asdict(Copy(host, meta.began, meta.step, meta.data_digest, damage, logs, summary))
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_lib import RankError, World, fit, run_ranks, warm_up, wrap
+from ddp_lib import RankError, TrainConfig, World, fit, run_ranks, warm_up, wrap
 from ddp_lib.errors import UserError
 from ddp_lib.processes.signals import Stopped
 from ddp_lib.training.build import blame_model, build_and_try
 from ddp_lib.training.ddp import gradient_sync
+from tests.lab.fuzz.runs import tiny_dataset
 from tests.lab.runs import TIMEOUT_S, config
 
 HEAD = """
@@ -164,3 +165,15 @@ def test_a_run_knows_its_model(tmp_path, monkeypatch, images_folder, shared_cach
     write(tmp_path, monkeypatch, f"# A comment changes nothing.\n{net()}")
     assert fit(run, World()) == first
     assert fit(longer, World())["steps"] == 2 * first["steps"]
+
+
+@pytest.mark.parametrize("file", ["summary.json", "cifar_net.pth"])
+def test_damaged_results_of_a_finished_run_are_made_again(tmp_path, file):
+    settings = TrainConfig(
+        run_dir=str(tmp_path), model="tests.lab.fuzz.runs:net", epochs=1, global_batch_size=4
+    )
+    first = fit(settings, World(), data=tiny_dataset())
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[:200])
+    assert fit(settings, World(), data=tiny_dataset()) == first
+    assert (tmp_path / file).read_bytes() == whole
