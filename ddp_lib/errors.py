@@ -43,7 +43,7 @@ NO_SHM = "/dev/shm has no room or cannot be written: in a container, give --shm-
 _LIMITS = (
     (("Too many open files",), "too many open files: raise `ulimit -n`, or start fewer ranks or workers"),
     (
-        ("Resource temporarily unavailable", "can't start new thread"),
+        ("Resource temporarily unavailable", "can't start new thread", "unable to start watchdog thread"),
         "no more processes or threads: raise `ulimit -u` or the container's limit of pids, or start fewer "
         "ranks or workers",
     ),

@@ -26,6 +26,7 @@ MET = {
     "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
     "processes": (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
     "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
+    "faulthandler's thread": (RuntimeError("unable to start watchdog thread"), "ulimit -u"),
     "memory": (MemoryError(), "the memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory"),
     "torch itself": (ImportError("libtorch_cuda.so: failed to map segment from shared object"), "the memory"),

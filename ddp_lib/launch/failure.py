@@ -13,7 +13,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.api import LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from ddp_lib.errors import MAY_PASS, PEER_GONE, WILL_FAIL_AGAIN, gpu_cause
+from ddp_lib.errors import MAY_PASS, NO_SHM, PEER_GONE, WILL_FAIL_AGAIN, gpu_cause
 from ddp_lib.launch.rank_log import RankLogs, last_exception, read_tail, split_fatal
 from ddp_lib.processes.exit_status import first_cause
 from ddp_lib.processes.memory import OOM_KILLS, oom_kills
@@ -119,6 +119,8 @@ def read_failure(
         where = f" ({exception.where})" if exception.where and kind not in _OWN else ""
         told = ": ".join([kind, *(gpu_cause(exception.text) or [said])]) if said else kind
         line = f"{name}: {said if kind in _OWN else told}{where}"
+        if exception.inside.endswith("multiprocessing/synchronize.py"):  # its semaphores lie there
+            line += f": {NO_SHM}"
         status = _OWN.get(kind, WILL_FAIL_AGAIN if kind in _WRONG_PROGRAM else 1)
         if kind == _PEER_ERROR:  # another rank's, heard from it
             line, consequence = said, 1

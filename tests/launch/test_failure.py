@@ -16,6 +16,7 @@ CAUSE, LOST = 0, 1
 REFUSED = traceback(MAIN, ends="ValueError: bad")
 CLOSED = "Connection closed by peer [10.0.0.2]:4711"
 TORCH = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 7, "all_reduce", "work.wait()")
+SEMAPHORE = ("/usr/lib/python3.11/multiprocessing/synchronize.py", 57, "__init__", "SemLock(")
 HUB = ("/usr/lib/python3/site-packages/hub/download.py", 7, "fetch", "raise")
 C10D = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 9, "barrier", "work = group.barrier()")
 NCCL = """torch.distributed.DistBackendError: NCCL error in: ../c10d/NCCLUtils.cpp:77, {} (run with \
@@ -52,6 +53,7 @@ ENDS = {
     "a caught exception, and 1 much later": (1, REFUSED + LATER, CAUSE, 1, "it printed last: step 49"),
     "a lost peer": (1, traceback(MAIN, TORCH, ends=f"RuntimeError: {CLOSED}"), LOST, 75, CLOSED),
     "another library's peer": (1, traceback(MAIN, HUB, ends=f"RuntimeError: {CLOSED}"), CAUSE, 1, CLOSED),
+    "no shared memory": (1, traceback(MAIN, SEMAPHORE, ends="OSError: [Errno 28]"), CAUSE, 1, "/dev/shm has"),
     "a killed rank": (-9, "step 1\n", CAUSE, 137, "died of SIGKILL"),
     "stopped from outside": (-15, "step 1\n", CAUSE, 143, "died of SIGTERM"),
     "NCCL's watchdog": (-6, f"{LATER}\nWatchdog caught collective operation timeout\n", LOST, 75, "watchdog"),
