@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.distributed.addresses import wait_until_true
 from ddp_lib.distributed.coordination import wait_for
-from ddp_lib.errors import TransientError
+from ddp_lib.errors import TransientError, UserError
 from ddp_lib.launch.failure import RankFailure, cause_of, drop_half_written, name_log
 from ddp_lib.launch.flight_recorder import Calls, read_calls
 from ddp_lib.launch.peers import Peers
@@ -53,6 +53,7 @@ class Agent(LocalElasticAgent):
     began = False
     goodbyes = 0  # of other machines that have left an elastic job, and are known
     closed_s: float | None = None
+    left_s: float | None = None
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
         """Ends the ranks; if a signal is the reason, the other machines learn it.
@@ -107,6 +108,7 @@ class Agent(LocalElasticAgent):
                     "notice: frozen? See that machine's output; the same command goes on from the "
                     "last checkpoint"
                 )
+        self._refuse_early_end(result)
         if result.is_failed() and not self.peers.fixed and self.peers.count_goodbyes() > self.goodbyes:
             self.goodbyes = self.peers.count_goodbyes()
             text = "another machine has left the job: going on without it"
@@ -123,6 +125,20 @@ class Agent(LocalElasticAgent):
             restart = f"starting the ranks again, {number} of at most {most} times"
             print(f"ddp-launch: {line}; {restart}", file=sys.stderr, flush=True)
         return result
+
+    def _refuse_early_end(self, result: RunResult) -> None:
+        """UserError if a forked rank has ended with status 0 by itself, as os._exit does: torch's agent lets
+        each wait until all are done, and would wait for ever for what this one returns."""
+        forked = isinstance(self._pcontext, MultiprocessContext)
+        codes = self._exit_codes().items() if forked and result.state == WorkerState.HEALTHY else ()
+        left = [str(self._worker_group.workers[n].global_rank) for n, code in codes if code == 0]
+        self.left_s = self.left_s or time.monotonic() if left else None
+        # Others that wait for it say so first.
+        if self.left_s and time.monotonic() - self.left_s > _END_S:
+            raise UserError(
+                f"rank(s) {', '.join(left)} on {socket.gethostname()} ended with status 0 before the "
+                "training was done: leave the exit (os._exit) out of the model"
+            )
 
     def _exit_barrier(self) -> None:
         """Waits until the ranks of all machines have ended, or another machine has given up.

@@ -1,10 +1,15 @@
 """The ranks that ddp-launch starts, and starts again."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
 from ddp_lib.distributed.device import thread_budget
+from ddp_lib.errors import UserError
+from ddp_lib.launch.agent import Agent
 from tests.lab.ports import free_port
 from tests.lab.processes import HOST, end
 
@@ -80,3 +85,19 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         f"ddp-launch: rank 1 on {HOST}: the first time it fails; "
         "starting the ranks again, 1 of at most 3 times"
     ]
+
+
+def test_a_forked_rank_that_left_with_status_0_is_named(monkeypatch):
+    """As by os._exit(0) in a model: torch's agent would wait for ever for what it returns."""
+    agent = Agent.__new__(Agent)
+    agent._pcontext = Mock(spec=MultiprocessContext)
+    agent._worker_group = Mock(workers=[Mock(global_rank=4), Mock(global_rank=5)])
+    monkeypatch.setattr(agent, "_exit_codes", lambda: {0: None, 1: 0}, raising=False)
+    running = RunResult(state=WorkerState.HEALTHY)
+    agent._refuse_early_end(running)  # just now: those that wait for it may say so first
+    agent.left_s = 0.0 - 1e9
+    with pytest.raises(
+        UserError, match=r"rank\(s\) 5 on .* ended with status 0 before the training was done"
+    ):
+        agent._refuse_early_end(running)
+    agent._refuse_early_end(RunResult(state=WorkerState.SUCCEEDED))

@@ -1,11 +1,12 @@
 """What a rank's log says about its end."""
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from ddp_lib.launch.rank_log import NoLogs, last_exception
+from ddp_lib.launch.rank_log import _LOCK, NoLogs, last_exception
 
 OWN, TORCH = "/home/me/train.py", "/usr/lib/python3/site-packages/torch/nn.py"
 
@@ -67,9 +68,14 @@ def test_a_log_without_an_exception_gives_none(text):
 
 def test_the_folder_of_a_killed_launcher_goes_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    living, killed = NoLogs(None), NoLogs(None)
+    living, killed = NoLogs(None, tmp_path), NoLogs(None, tmp_path)
     (own := tmp_path / "ddp-launch-of-mine").mkdir()
     killed._lives.lock.release()
-    NoLogs(None)
+    folders = Path(living.root_log_dir), Path(killed.root_log_dir)
+    NoLogs(None, tmp_path)
+    assert all(folder.exists() for folder in folders)  # a new one may not be locked yet
+    for folder in folders:
+        os.utime(folder / _LOCK, (0, 0))
+    NoLogs(None, tmp_path)
     assert own.exists()
-    assert (Path(living.root_log_dir).exists(), Path(killed.root_log_dir).exists()) == (True, False)
+    assert [folder.exists() for folder in folders] == [True, False]
