@@ -69,6 +69,10 @@ class NoLogs(DefaultLogsSpecs):
         self.local, self.starts, self.dumps = local, 0, ""
         self.begins = str(folder.absolute() / f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
 
+    def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+        """torch would make a folder that is named as the job, however long that name is."""
+        return self._folder.name
+
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         self.dumps = f"{self.begins}.{self.starts}.rank"
         for env in envs.values():

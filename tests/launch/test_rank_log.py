@@ -79,3 +79,11 @@ def test_the_folder_of_a_killed_launcher_goes_at_the_next_start(tmp_path, monkey
     NoLogs(None, tmp_path)
     assert own.exists()
     assert [folder.exists() for folder in folders] == [True, False]
+
+
+@pytest.mark.parametrize("job", ["a/b", "x" * 300])
+def test_a_job_may_have_any_name(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0"}
+    logs = NoLogs(None, tmp_path)
+    assert Path(logs.reify({0: env}).error_files[0]).is_relative_to(logs.root_log_dir)
