@@ -71,8 +71,9 @@ def has_rank(environ: Mapping[str, str]) -> bool:
 def size_variable(environ: Mapping[str, str]) -> tuple[str, int] | None:
     """The variable that gives the number of ranks or machines, with its value; None if there is none."""
     names = ["WORLD_SIZE", *(_SLURM_SIZES if _slurm_size(environ) not in ("", "1") else ()), *_OTHERS]
-    sizes = [(name, int(environ[name])) for name in names if environ.get(name, "").strip().isdecimal()]
-    return next(iter(sizes), None)
+    texts = ((name, environ.get(name, "").strip()) for name in names)
+    # int() raises an error of its own for thousands of digits.
+    return next(((name, int(text)) for name, text in texts if text.isdecimal() and len(text) < 20), None)
 
 
 def _slurm_size(environ: Mapping[str, str]) -> str:

@@ -4,7 +4,13 @@ import pytest
 
 from ddp_lib import World
 from ddp_lib.distributed.device import require_threads
-from ddp_lib.distributed.environment import RankEnv, first_host, read_rank_env, tasks_per_node
+from ddp_lib.distributed.environment import (
+    RankEnv,
+    first_host,
+    read_rank_env,
+    size_variable,
+    tasks_per_node,
+)
 from ddp_lib.errors import UserError
 
 FOUR = {"MASTER_ADDR": "m", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
@@ -127,6 +133,11 @@ def test_slurms_lists_of_nodes_are_read():
 def test_a_list_of_tasks_that_cannot_be_is_refused(text):
     with pytest.raises(UserError, match="is not understood"):
         tasks_per_node(text)
+
+
+def test_the_size_is_the_first_variable_that_is_a_number():
+    environ = {"WORLD_SIZE": "9" * 5000, "PMI_SIZE": "two", "NNODES": "2"}
+    assert size_variable(environ) == ("NNODES", 2)
 
 
 def test_seconds_of_a_variable_must_be_a_number():
