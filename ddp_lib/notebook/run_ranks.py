@@ -46,15 +46,15 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
     require_working_directory()
     start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        return RankPool(nproc, work, _source_files(fn), Path(folder)).run(timeout_s)
+        return RankPool(nproc, work, _source_files(fn, args), Path(folder)).run(timeout_s)
 
 
-def _source_files(fn: Callable[..., Any]) -> dict[str, str]:
-    """The file of `fn` and of each function beside it, by name, and that of `fn` as "" too."""
+def _source_files(fn: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, str]:
+    """The file of `fn` and of each function beside it or in `args`, by name, and that of `fn` as "" too."""
     code = getattr(fn, "__code__", None)
     if code is None:
         return {}
-    functions = [f for f in fn.__globals__.values() if isinstance(f, FunctionType)]
+    functions = [f for f in (*fn.__globals__.values(), *args) if isinstance(f, FunctionType)]
     files = {f.__name__: f.__code__.co_filename for f in functions}
     return files | {fn.__name__: code.co_filename, "": code.co_filename}
 
