@@ -20,6 +20,7 @@ COPY LICENSE README.md /src/
 COPY ddp_lib /src/ddp_lib
 COPY deploy/container/entrypoint.sh /usr/local/bin/ddp-training
 COPY notebooks notebooks
+COPY examples examples
 # World-writable, as /tmp is: `docker run --user` may name any number.
 RUN pip install --no-cache-dir --root-user-action=ignore --no-deps /src \
     && groupadd --gid 1000 app \

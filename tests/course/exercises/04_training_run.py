@@ -38,3 +38,11 @@ def wrong_4_a(world, wants_to_stop):
 
 def wrong_4_b(world, wants_to_stop):
     return broadcast_result(world, "stop", lambda: wants_to_stop, 10.0)  # rank 0's wish
+
+
+def wrong_5_a(state):
+    return {name.replace("module", ""): value for name, value in state.items()}  # leaves the dot
+
+
+def wrong_5_b(state):
+    return {name[len("module.") :]: value for name, value in state.items()}  # also where there is none

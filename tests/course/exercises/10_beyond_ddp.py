@@ -1,4 +1,4 @@
-"""Plausible wrong answers to the exercises of 09_beyond_ddp."""
+"""Plausible wrong answers to the exercises of 10_beyond_ddp."""
 
 import torch
 import torch.distributed as dist
