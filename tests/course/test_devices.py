@@ -20,9 +20,8 @@ RECORDER = ROOT / "tests" / "lab" / "record_devices.py"
 ON_GPUS = {
     ("01_process_groups", "on_own_device"): 2,
     ("01_process_groups", "join_by_library"): 4,
+    ("04_training_run", "on_its_device"): 2,
 }
-# The training script trains on GPUs, where there are enough for its ranks.
-WHERE_POSSIBLE = {"04_training_run"}
 
 
 def kind(ranks: list[list[str]]) -> str:
@@ -47,8 +46,6 @@ def wrong_choices(launches: list[dict]) -> list[str]:
             wanted = {"cpu", "no group"}
             if (notebook, name) in ON_GPUS:
                 wanted = {"a GPU each" if int(gpus) >= ON_GPUS[notebook, name] else "cpu"}
-            elif notebook in WHERE_POSSIBLE:
-                wanted |= {"a GPU each", "refused"}
             if kind(ranks) not in wanted:
                 wrong.append(f"{notebook} cell {launch['cell']}, {name}, {gpus} GPU(s): {kind(ranks)}")
     return wrong

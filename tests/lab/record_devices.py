@@ -17,13 +17,16 @@ import json
 import linecache
 import os
 import re
+import resource
 import runpy
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +39,8 @@ from ddp_lib import World
 from ddp_lib.data import dataset
 from ddp_lib.distributed import world
 from ddp_lib.distributed.coordination import StoreGroup
+from ddp_lib.distributed.environment import RankEnv
+from ddp_lib.distributed.placement import Place, Seen, place
 from ddp_lib.errors import UserError
 from ddp_lib.notebook import hang_lab
 
@@ -137,12 +142,17 @@ def command_ranks(words: list[str], env: dict[str, str], node: int, nnodes: int)
     return [(env | rank, call) for rank in envs]
 
 
+chosen: list[str] = []  # what the rank has called set_device with
+
+
 @contextlib.contextmanager
 def gpu_machine(gpus: int) -> Iterator[None]:
+    chosen.clear()
     with (
         patch.object(torch.cuda, "device_count", lambda: gpus),
+        patch.object(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")),
         patch.object(torch.cuda, "is_available", lambda: True),
-        patch.object(torch.cuda, "set_device", lambda device: None),
+        patch.object(torch.cuda, "set_device", lambda device: chosen.append(str(device))),
     ):
         yield
 
@@ -165,8 +175,23 @@ def note_world(self: world.World) -> None:
     raise Joined(self.backend, str(self.device))
 
 
-def note_group(backend: str = "auto", *args: object, device_id: object = "cpu", **kwargs: object) -> None:
-    raise Joined(backend, str(device_id))
+def meet_alike(group: StoreGroup, rank_env: RankEnv, seen: Seen, *_: object) -> Place:
+    """The place of this rank among others that see the same: on each machine all its GPUs."""
+    local = rank_env.local_world_size
+    ranks = [
+        replace(
+            seen,
+            machine=f"{n // local}",
+            gpus=[f"{n // local} {gpu}" for gpu in seen.gpus],
+            local_rank=n % local,
+        )
+        for n in range(rank_env.world_size)
+    ]
+    return place(ranks)[rank_env.rank]
+
+
+def note_group(backend: str = "auto", *args: object, device_id: object = None, **kwargs: object) -> None:
+    raise Joined(backend, str(device_id or (chosen or ["cpu"])[-1]))
 
 
 def end_rank(*args: object, **kwargs: object) -> None:
@@ -180,10 +205,11 @@ def stand_in(recorder: Recorder) -> Iterator[None]:
         patch.object(world.World, "_init_process_group", note_world),
         patch.object(world.World, "_init_group_of_one", note_world),
         patch.object(world, "open_store", lambda *args: StoreGroup()),
-        patch.object(world, "handshake", lambda group, rank, backend, reason, *rest: (backend, reason)),
+        patch.object(world, "handshake", meet_alike),
         patch.object(ddp_lib, "load_dataset", load_once),
         patch.object(dist, "init_process_group", note_group),
         patch.object(dist, "TCPStore", end_rank),
+        patch.object(resource, "setrlimit", end_rank),  # this process must not have a rank's limits
         patch.object(ddp_lib, "run_ranks", recorder.run_ranks),
         patch.object(ddp_lib, "run_nodes", recorder.run_nodes),
         patch.object(hang_lab, "run_ranks", recorder.run_ranks),
