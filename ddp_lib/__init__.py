@@ -17,3 +17,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 __version__ = "1.0.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def load_ipython_extension(shell: object) -> None:
+    """%load_ext ddp_lib: the magics %ranks and %%ranks."""
+    from ddp_lib.notebook.magic import RanksMagics
+
+    shell.register_magics(RanksMagics)  # type: ignore[attr-defined]

@@ -44,6 +44,18 @@ class Endpoint:
         return f"{self.flag}'s port {self.port}" if self.flag else f"MASTER_PORT={self.port}"
 
 
+def parse_endpoint(flag: str, text: str) -> Endpoint:
+    """HOST:PORT as a flag gives it; UserError if it is not that."""
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or (":" in bare) != host.startswith("[") or host.startswith("[") != host.endswith("]"):
+        raise UserError(
+            f"{flag} {text!r}: write HOST:PORT, such as master:29500, "
+            "and brackets around an IPv6 address, [fd77::10]:29500"
+        )
+    return Endpoint(host_part(flag, bare), port_number(f"{flag}'s port", port), flag)
+
+
 def join_host(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -1,4 +1,7 @@
-"""ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank."""
+"""ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank.
+
+Long because all commands stand here, each with its flags.
+"""
 
 import gc
 import io
@@ -19,7 +22,7 @@ import tyro
 from ddp_lib import __version__
 from ddp_lib.cli import parse
 from ddp_lib.config import PER_MACHINE, TrainConfig
-from ddp_lib.distributed.addresses import join_host
+from ddp_lib.distributed.addresses import join_host, parse_endpoint
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.options import (
@@ -30,6 +33,7 @@ from ddp_lib.launch.options import (
     Switch,
     count_ranks,
     read_launch,
+    read_nproc,
 )
 from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
 from ddp_lib.launch.script import name_of, read_script, split
@@ -37,7 +41,7 @@ from ddp_lib.processes.exit_status import as_exit_status, print_error, require_w
 from ddp_lib.processes.forkserver import collect_garbage
 from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
-USAGE = """usage: ddp-launch {run,train,check,plot,watch,stacks} ...
+USAGE = """usage: ddp-launch {run,train,check,plot,watch,stacks,join} ...
 
   run     run a script of yours on this machine or on several: ddp-launch run --help
   train   run this package's own training: ddp-launch train --help
@@ -45,6 +49,7 @@ USAGE = """usage: ddp-launch {run,train,check,plot,watch,stacks} ...
   plot    draw a run's losses, accuracy and speed: ddp-launch plot --help
   watch   say what each rank of a run does now, until the run ends: ddp-launch watch --help
   stacks  say where each rank of this machine stands now: ddp-launch stacks
+  join    start ranks here for the cells of a notebook elsewhere: ddp-launch join --help
 
 ddp-launch --version names the versions of ddp_lib, torch and Python.
 """
@@ -114,6 +119,18 @@ class WatchOptions:
     """Seconds without a new line after which a run that no job has is taken to have ended."""
 
 
+@dataclass(frozen=True)
+class JoinOptions:
+    """Starts ranks on this machine for a notebook elsewhere; `%ranks --nnodes` prints the line to type."""
+
+    endpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="HOST:PORT")]
+    """Address of the notebook's machine."""
+    token: str
+    """What %ranks has printed: it proves to both sides that they mean each other."""
+    nproc_per_node: str = "auto"
+    """Ranks on this machine: a number, gpu, cpu, or auto, as for ddp-launch run."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The ddp-launch script; returns its exit status."""
     args = sys.argv[1:] if argv is None else argv
@@ -133,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
                 watch(rest)
             case ["stacks", *rest]:
                 outcome.status = stacks(rest)
+            case ["join", *rest]:
+                join(rest)
             case ["-h" | "--help", *_]:
                 print(USAGE, end="")
             case ["--version", *_]:
@@ -140,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"ddp-launch {__version__}, torch {torch}, Python {python}")
             case _:
                 problem = f"{args[0]!r} is no command" if args else "no command given"
-                raise UserError(f"{problem}: use ddp-launch run, train, check, plot, watch or stacks")
+                raise UserError(f"{problem}: use ddp-launch run, train, check, plot, watch, stacks or join")
     gc.enable()
     return outcome.status
 
@@ -184,6 +203,16 @@ def stacks(args: list[str]) -> int:
     from ddp_lib.launch.stacks import print_stacks
 
     return print_stacks(options.timeout_s)
+
+
+def join(args: list[str]) -> None:
+    options = parse(JoinOptions, args, "ddp-launch join")
+    endpoint = parse_endpoint("HOST:PORT", options.endpoint)
+    nproc = count_ranks(read_nproc("--nproc-per-node", options.nproc_per_node))
+    from ddp_lib.notebook.remote import join_notebook
+
+    collect_garbage()
+    join_notebook(endpoint, options.token, nproc)
 
 
 def run(args: list[str]) -> int:

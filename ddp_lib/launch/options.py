@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddp_lib.distributed.addresses import Endpoint, host_part, port_number
+from ddp_lib.distributed.addresses import Endpoint, parse_endpoint
 from ddp_lib.distributed.device import require_threads, usable_cores
 from ddp_lib.distributed.environment import RankEnv, has_rank, read_rank_env, size_variable
 from ddp_lib.errors import UserError, require_seconds
@@ -148,9 +148,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
         named["rdzv_endpoint"] = "PET_MASTER_ADDR"
     nodes = _nodes(named["nnodes"], values["nnodes"])
     restarts = _whole(named["max_restarts"], values["max_restarts"], 0, "restarts", _MOST_RESTARTS)
-    nproc = values["nproc_per_node"]
-    if nproc not in ("auto", "gpu", "cpu"):
-        _whole(named["nproc_per_node"], nproc, 1, "ranks, or auto, gpu or cpu", 1024)
+    nproc = read_nproc(named["nproc_per_node"], values["nproc_per_node"])
     if not by_pet and not values["rdzv_endpoint"] and has_rank(environ):
         run_id = environ.get("TORCHELASTIC_RUN_ID", "")
         return _of_rank(read_rank_env(environ), options, restarts, job, run_id)
@@ -159,7 +157,7 @@ def read_launch(options: LaunchOptions, environ: Mapping[str, str] = os.environ,
     job = values["rdzv_id"].strip() or job
     endpoint = None
     if values["rdzv_endpoint"] and (nodes[1] > 1 or named["rdzv_endpoint"].startswith("--")):
-        endpoint = _endpoint(named["rdzv_endpoint"], values["rdzv_endpoint"])
+        endpoint = parse_endpoint(named["rdzv_endpoint"], values["rdzv_endpoint"])
     if endpoint is None and nodes[1] > 1:
         raise UserError(
             f"{named['nnodes']} {nodes[1]} needs --rdzv-endpoint HOST:PORT: name one of the machines, "
@@ -254,15 +252,11 @@ def _nodes(flag: str, text: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _endpoint(flag: str, text: str) -> Endpoint:
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not bare or (":" in bare) != host.startswith("[") or host.startswith("[") != host.endswith("]"):
-        raise UserError(
-            f"{flag} {text!r}: write HOST:PORT, such as master:29500, "
-            "and brackets around an IPv6 address, [fd77::10]:29500"
-        )
-    return Endpoint(host_part(flag, bare), port_number(f"{flag}'s port", port), flag)
+def read_nproc(flag: str, text: str) -> str:
+    """What `count_ranks` takes; UserError if it is something else."""
+    if text not in ("auto", "gpu", "cpu"):
+        _whole(flag, text, 1, "ranks, or auto, gpu or cpu", 1024)
+    return text
 
 
 def count_ranks(nproc: str) -> int:

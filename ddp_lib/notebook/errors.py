@@ -24,6 +24,10 @@ class RankError(RuntimeError):
         self.consequence = consequence
         self.time = failed_at or time.time()
 
+    def followed_by(self, *lines: str) -> "RankError":
+        """This error with more lines."""
+        return RankError(self.rank, "\n".join([str(self), *lines]), self.consequence, self.time)
+
     def _render_traceback_(self) -> list[str]:
         """For IPython: only the error, because the notebook's own stack would not help the reader."""
         return [f"RankError: {self}"]
@@ -55,8 +59,11 @@ def exception_error(
     return RankError(rank, "\n".join(lines), peer_gone, failed_at)
 
 
-def death_error(rank: int, exit_code: int, last_line: str) -> RankError:
-    """The error for a rank whose process ended; `last_line` is the last one that it printed."""
+def death_error(rank: int, exit_code: int | None, last_line: str) -> RankError:
+    """The error for a rank whose process ended (exit code None: with its machine); `last_line` is the last
+    one that it printed."""
+    if exit_code is None:
+        return RankError(rank, f"rank {rank}: its machine is gone")
     if exit_code < 0:
         text = f"rank {rank}: died of {signal.Signals(-exit_code).name}"
     else:
@@ -69,7 +76,12 @@ def death_error(rank: int, exit_code: int, last_line: str) -> RankError:
 
 def hang_error(stacks: dict[int, list[FrameSummary] | None], timeout_s: float) -> RankError:
     """The error for ranks that are still running; `stacks` by rank, None if a rank did not answer."""
-    lines = [f"still running after {timeout_s:g} s"]
+    return RankError(min(stacks), "\n".join([f"still running after {timeout_s:g} s", *standing(stacks)]))
+
+
+def standing(stacks: dict[int, list[FrameSummary] | None]) -> list[str]:
+    """Lines that say where each rank stands; see `hang_error`."""
+    lines = []
     for rank, frames in stacks.items():
         if frames is None:
             lines.append(f"rank {rank} does not answer when asked for its stack")
@@ -77,4 +89,4 @@ def hang_error(stacks: dict[int, list[FrameSummary] | None], timeout_s: float) -
         call = library_call(frames)
         lines.append(f"rank {rank} is in {call}" if call else f"rank {rank} runs its own code")
         lines += [f"  {line}" for line in own_lines(frames)]
-    return RankError(min(stacks), "\n".join(lines))
+    return lines

@@ -13,12 +13,15 @@ import cloudpickle
 
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.notebook.errors import interrupt_in_one_line
-from ddp_lib.notebook.rank_pool import RankPool
+from ddp_lib.notebook.rank_pool import RankPool, local_ranks
 from ddp_lib.processes.exit_status import require_working_directory
 from ddp_lib.processes.forkserver import start_server
+from ddp_lib.report.live_cell import somebody_looks
 
 # Imported by the fork server, so that ranks need not. DDP imports torch._dynamo for its first model.
 PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
+# The same for the ranks of %ranks, which need IPython.
+FOR_CELLS = ["ddp_lib.notebook.session"]
 
 
 @interrupt_in_one_line("the ranks have")
@@ -46,7 +49,9 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
     require_working_directory()
     start_server(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        return RankPool(nproc, work, _source_files(fn, args), Path(folder)).run(timeout_s)
+        request = Path(folder) / "live_view" if somebody_looks() else None
+        ranks = local_ranks(nproc, work, Path(folder), _source_files(fn, args), request=request)
+        return RankPool(ranks, request=request).run(timeout_s)
 
 
 def _source_files(fn: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, str]:
@@ -67,4 +72,4 @@ def _in_a_notebook() -> bool:
 
 if _in_a_notebook():
     with suppress(UserError, OSError):  # run_ranks will say it
-        start_server(PRELOAD)  # so that it imports torch while the notebook's first cells run
+        start_server([*PRELOAD, *FOR_CELLS])  # so that it imports torch while the notebook's first cells run
