@@ -49,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file in TOGETHER or file.startswith("notebooks/") else nodeid
+            return file if file in TOGETHER or file.endswith(".ipynb") else nodeid
 
     return Scheduling(config, log)
 
@@ -63,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if PROCESS_MARKERS & {mark.name for mark in item.iter_markers()}:
+        marks = {mark.name for mark in item.iter_markers()}
+        if PROCESS_MARKERS & marks or ".ipynb::" in item.nodeid:  # a notebook's cells: in its kernel
             item.add_marker(pytest.mark.process)
     items.sort(key=lambda item: rank_of(item.nodeid))
 
