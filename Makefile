@@ -91,6 +91,7 @@ BENCH_SETUP = $(PIP) install --quiet $(FROM) -r benchmarks/requirements.txt
 bench: $(INSTALLED) ## run the short benchmarks on this machine and write benchmarks/RESULTS.md
 	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/cells.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/scaling.py
@@ -101,6 +102,7 @@ bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of i
 	@test -d "$(DATA)/train" || { echo "make bench-full DATA=FOLDER: '$(DATA)' holds no train/<class>/*" >&2; exit 1; }
 	$(BENCH_SETUP)
 	$(BIN)/python benchmarks/launch.py --rounds 15 --later 10
+	$(BIN)/python benchmarks/cells.py --rounds 50
 	$(BIN)/python benchmarks/throughput.py --rounds 9
 	$(BIN)/python benchmarks/resume.py --rounds 5
 	$(BIN)/python benchmarks/scaling.py --full --steps 20
