@@ -38,7 +38,7 @@ FOREIGN_FLAGS = {
     "nvidia-smi": {"--query-gpu", "--format"},
     "py-spy": {"--pid", "--native"},
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--export", "--wait"},
-    "srun": {"--nodes", "--ntasks", "--ntasks-per-node", "--export"},
+    "srun": {"--nodes", "--ntasks", "--ntasks-per-node", "--export", "--gpus-per-task"},
     "sysctl": set(),
     "taskset": set(),
 }

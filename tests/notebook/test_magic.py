@@ -147,7 +147,7 @@ def test_the_kernels_end_leaves_no_process(notebook, how):
     before = notebook.family()
     assert len(before) >= 7  # the fork server, the store's host, two ranks with a child each
     if how == "shutdown":  # which is also the first half of a restart
-        notebook.client.shutdown()
+        notebook.manager.shutdown_kernel()  # asks, waits for some seconds, and kills
     else:
         os.kill(before[0].pid, signal.SIGKILL)
     assert all_gone(before)
