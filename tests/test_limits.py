@@ -104,7 +104,7 @@ def test_why_there_is_no_store_reaches_the_notebook(monkeypatch):
     monkeypatch.setattr(ddp_lib.distributed.store, "host_store", refused)
     monkeypatch.setattr(signal, "signal", Mock())
     here, there = Pipe()
-    worker.host_store(there)
+    worker.host_store(there, "127.0.0.1")
     assert str(here.recv()) == "the loopback interface is down"
 
 

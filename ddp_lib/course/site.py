@@ -14,6 +14,8 @@ from string import Template
 from ddp_lib.errors import UserError
 
 _FRAME = Path(__file__).with_name("page")
+# A link to a file of the project that is no page.
+_FILE = re.compile(r'href="\.\./((?:[\w-]+/)*[\w.-]+?(?<!\.md))"')
 _TITLE = "Distributed data parallel training with PyTorch"
 
 
@@ -53,6 +55,9 @@ def write_site(course: Path, out: Path) -> list[str]:
             _write(out, page, previous, *chapters[number + 1 : number + 2])
         for page in [index, *others]:
             _write(out, page, index)
+        for name in sorted({name for page in chapters for name in _FILE.findall(page.body)}):
+            (out / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(course.parent / name, out / "files" / name)
         (out / "sections.js").write_text(f"const SECTIONS = {json.dumps(sections)};\n", encoding="utf-8")
         for file in ("style.css", "script.js"):
             shutil.copyfile(_FRAME / file, out / file)
@@ -73,7 +78,11 @@ def _chapter(path: Path) -> Page:
 def _markdown(path: Path) -> Page:
     from nbconvert.filters import markdown2html
 
+    def plain(match: re.Match[str]) -> str:
+        return match[1] + re.sub(r"[^\w-]", "", html.unescape(match[2]).lower()) + '"'
+
     body = markdown2html(path.read_text(encoding="utf-8"))
+    body = re.sub(r'( id="|href="#)([^"]+)"', plain, body)  # as GitHub names headings
     return Page(path.stem.lower(), _first_heading(body), body)
 
 
@@ -101,6 +110,7 @@ def _sections(page: Page) -> list[dict[str, str]]:
 
 def _write(out: Path, page: Page, previous: Page, following: Page | None = None) -> None:
     body = re.sub(r'href="(?:\.\./)?(?:\w+/)*(\w+)\.(?:ipynb|md)(#[^"]*)?"', _as_page, page.body)
+    body = _FILE.sub(r'href="files/\1"', body)
     steps = f'<a href="{previous.link}">&larr; {html.escape(previous.title)}</a>'
     if following:
         steps += f'<a href="{following.link}">{html.escape(following.title)} &rarr;</a>'

@@ -18,7 +18,8 @@ from tests.lab.project import ROOT
 def pages(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("all") / "site"
     write_site(ROOT / "notebooks", folder)
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
 def test_every_notebook_has_a_page_with_all_its_pictures(pages):

@@ -4,6 +4,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.lab.project import ROOT
+
 CELLS = (
     "from ddp_lib import run_ranks\nfrom tests.lab.runs import config, train",
     "_ = run_ranks(train, 2, config('two', {images!r}, {cache!r}))",
@@ -13,7 +15,10 @@ CELLS = (
 
 
 @pytest.mark.ranks
-def test_a_training_is_drawn_for_a_person_and_printed_for_a_program(tmp_path, images_folder, shared_cache):
+def test_a_training_is_drawn_for_a_person_and_printed_for_a_program(
+    tmp_path, images_folder, shared_cache, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the kernel
     cells = [cell.format(images=str(images_folder), cache=shared_cache) for cell in CELLS]
     notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)])
     client = NotebookClient(notebook, timeout=120)
