@@ -1,16 +1,10 @@
-"""ddp-launch: starts this machine's ranks with torch's elastic agent, or joins as a single rank.
-
-Long because all commands stand here, each with its flags.
-"""
+"""ddp-launch: its commands, and the flags of each."""
 
 import gc
-import io
 import os
 import platform
-import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -22,12 +16,10 @@ import tyro
 from ddp_lib import __version__
 from ddp_lib.cli import parse
 from ddp_lib.config import PER_MACHINE, TrainConfig
-from ddp_lib.distributed.addresses import join_host, parse_endpoint
-from ddp_lib.distributed.device import thread_budget
+from ddp_lib.distributed.addresses import parse_endpoint
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.options import (
     CheckOptions,
-    Launch,
     LaunchOptions,
     ScriptOptions,
     Switch,
@@ -35,11 +27,11 @@ from ddp_lib.launch.options import (
     read_launch,
     read_nproc,
 )
-from ddp_lib.launch.ranks import ForkedRanks, Ranks, ScriptRanks
+from ddp_lib.launch.ranks import ForkedRanks, ScriptRanks
 from ddp_lib.launch.script import name_of, read_script, split
-from ddp_lib.processes.exit_status import as_exit_status, print_error, require_working_directory
+from ddp_lib.launch.start import start_agent, telling_others
+from ddp_lib.processes.exit_status import as_exit_status, require_working_directory
 from ddp_lib.processes.forkserver import collect_garbage
-from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
 
 USAGE = """usage: ddp-launch {run,train,check,plot,watch,stacks,join} ...
 
@@ -55,8 +47,6 @@ ddp-launch --version names the versions of ddp_lib, torch and Python.
 """
 # What a rank needs, imported before it is forked. DDP imports torch._dynamo when it wraps its first model.
 PRELOAD = ["ddp_lib.train", "torch._dynamo"]
-# How much longer than --grace-s the launcher waits for its ranks, which then end by themselves.
-LEAVE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +209,7 @@ def run(args: list[str]) -> int:
     flags, words = split(args, LaunchOptions)
     given = parse(RunCommand, flags, "ddp-launch run")
     launch = read_launch(given.launch, job=name_of(words))
-    with nullcontext() if given.launch.dry_run else _telling_others(launch):
+    with nullcontext() if given.launch.dry_run else telling_others(launch):
         script = read_script(words)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command
@@ -264,61 +254,3 @@ def _describe(training: TrainConfig) -> dict[str, Any]:
         "flags": training_flags(replace(training, **{f: getattr(TrainConfig, f) for f in PER_MACHINE})),
         "data": load_own_data(training, lambda text: print(text, flush=True)).digest[:16],
     }
-
-
-def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
-    """Starts this machine's ranks; returns 0, or the status of the first failed rank."""
-    with StopSignal(launch.grace_s + LEAVE_S, _end_now, impatient=True):
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # what ranks print is shown as it comes
-        os.environ |= {AGENT: str(os.getpid()), GRACE: str(launch.grace_s)}
-        # In a store shared with the agent, restarted ranks would find the dead ranks' keys.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        # For multiprocessing's resource tracker, which would warn about what it tidies up after all processes
-        # are killed.
-        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-        try:
-            ranks.prepare()  # a fork server imports torch while the agent does
-            with _telling_others(launch):
-                nproc = count_ranks(launch.nproc)
-            cores = thread_budget(launch.local[1] if launch.local else nproc)
-            threads = os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-            where = socket.gethostname()
-            if launch.endpoint is not None:
-                address = join_host(launch.endpoint.host, launch.endpoint.port)
-                where += f", one of {launch.nodes_text} machines, meeting at {address}"
-            text = f"starting {nproc} rank(s) on {where}, OMP_NUM_THREADS={threads} per rank"
-            print(f"ddp-launch: {text}", flush=True)
-            from ddp_lib.launch.run_agent import run_agent
-
-            collect_garbage()
-            return run_agent(ranks, nproc, launch, join_timeout_s)
-        finally:
-            del os.environ[AGENT]
-            try:
-                sys.stdout.flush()
-            except OSError:  # nothing reads it any more; Python would end with another status
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def _telling_others(launch: Launch) -> Iterator[None]:
-    """Around what comes before the machines meet: a UserError that leaves the block ends the job on all."""
-    try:
-        yield
-    except UserError as error:
-        if launch.endpoint is None or launch.nodes[0] < launch.nodes[1]:
-            raise
-        print_error(str(error))  # at once: the others may not be there yet
-        from ddp_lib.launch.run_agent import tell_others
-
-        tell_others(launch, error)
-        raise SystemExit(error.status) from error
-
-
-def _end_now(number: int) -> None:
-    """Called from a thread when the grace time is over, or at the second Ctrl-C."""
-    try:
-        kill_descendants()
-    finally:
-        os._exit(128 + number)

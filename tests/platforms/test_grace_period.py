@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ddp_lib.launch.main import LEAVE_S
+from ddp_lib.launch.start import LEAVE_S
 from ddp_lib.launch.options import LaunchOptions
 from tests.lab.project import ROOT
 
