@@ -119,6 +119,8 @@ class JoinOptions:
     """What %ranks has printed: it proves to both sides that they mean each other."""
     nproc_per_node: str = "auto"
     """Ranks on this machine: a number, gpu, cpu, or auto, as for ddp-launch run."""
+    timeout_s: float = 30.0
+    """Seconds that the notebook may take to answer."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,12 +199,13 @@ def stacks(args: list[str]) -> int:
 
 def join(args: list[str]) -> None:
     options = parse(JoinOptions, args, "ddp-launch join")
+    require_seconds("--timeout-s", options.timeout_s)
     endpoint = parse_endpoint("HOST:PORT", options.endpoint)
     nproc = count_ranks(read_nproc("--nproc-per-node", options.nproc_per_node))
     from ddp_lib.notebook.remote import join_notebook
 
     collect_garbage()
-    join_notebook(endpoint, options.token, nproc)
+    join_notebook(endpoint, options.token, nproc, options.timeout_s)
 
 
 def run(args: list[str]) -> int:

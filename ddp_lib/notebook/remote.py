@@ -18,7 +18,7 @@ import time
 from collections import defaultdict, deque
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def admit(endpoint: Endpoint, count: int, timeout_s: float) -> list[Machine]:
 
 def _prove(client: socket.socket, token: str, address: str) -> Machine | None:
     """The machine, if both sides know the token; else one line. Until then no byte is unpickled."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PROOF_S, 0))
+    _wait_at_most(client, _PROOF_S)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection = Connection(os.dup(client.fileno()))
     try:
@@ -190,16 +190,39 @@ def _prove(client: socket.socket, token: str, address: str) -> Machine | None:
         connection.close()
         client.close()
         return None
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+    _wait_at_most(client, 0)
     client.close()
     return Machine(connection, address)
 
 
-def join_notebook(endpoint: Endpoint, token: str, nproc: int) -> None:
-    """Serves the notebook at the endpoint, on another machine than its own, until it ends the ranks."""
+def _wait_at_most(client: socket.socket, seconds: float) -> None:
+    """For each read, also by others that hold the same connection; 0: without a timeout."""
+    whole = int(seconds)
+    limit = struct.pack("ll", whole, int((seconds - whole) * 1e6))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+
+def connect(endpoint: Endpoint, token: str, timeout_s: float) -> Connection:
+    """To the notebook, once both sides have proved that they know the token. OSError, EOFError,
+    AssertionError or AuthenticationError if that fails, or takes longer."""
+    with socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s) as client:
+        client.settimeout(None)
+        _wait_at_most(client, timeout_s)
+        connection = Connection(os.dup(client.fileno()))
+        answer_challenge(connection, token.encode())
+        deliver_challenge(connection, token.encode())
+        _wait_at_most(client, 0)
+    return connection
+
+
+def join_notebook(endpoint: Endpoint, token: str, nproc: int, timeout_s: float = 30.0) -> None:
+    """Serves the notebook at the endpoint, on another machine than its own, until it ends the ranks.
+
+    timeout_s: how long the notebook may take to answer.
+    """
     where, refused = join_host(endpoint.host, endpoint.port), "it does not know the token"
     try:
-        connection = Client((endpoint.host, endpoint.port), authkey=token.encode())
+        connection = connect(endpoint, token, timeout_s)
         connection.send(("ranks", nproc))
     except AuthenticationError:
         raise UserError(

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ddp_lib.launch.start import LEAVE_S
 from ddp_lib.launch.options import LaunchOptions
+from ddp_lib.launch.start import LEAVE_S
 from tests.lab.project import ROOT
 
 FILES = {
