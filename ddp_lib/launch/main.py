@@ -202,7 +202,7 @@ def join(args: list[str]) -> None:
     require_seconds("--timeout-s", options.timeout_s)
     endpoint = parse_endpoint("HOST:PORT", options.endpoint)
     nproc = count_ranks(read_nproc("--nproc-per-node", options.nproc_per_node))
-    from ddp_lib.notebook.remote import join_notebook
+    from ddp_lib.notebook.join import join_notebook
 
     collect_garbage()
     join_notebook(endpoint, options.token, nproc, options.timeout_s)
@@ -212,7 +212,7 @@ def run(args: list[str]) -> int:
     flags, words = split(args, LaunchOptions)
     given = parse(RunCommand, flags, "ddp-launch run")
     launch = read_launch(given.launch, job=name_of(words))
-    with nullcontext() if given.launch.dry_run else telling_others(launch):
+    with nullcontext() if given.launch.dry_run else telling_others(launch, given.script.join_timeout_s):
         script = read_script(words)
     if given.launch.dry_run:
         from ddp_lib.launch.torchrun_command import plain_command

@@ -201,9 +201,9 @@ class Peers:
         same = (WILL_FAIL_AGAIN, *(128 + number for number in stop_signals()))
         return line, int(status) if int(status) in same else MAY_PASS
 
-    def wait_until_read(self) -> None:
-        """Makes the store's host wait, at most _LINGER_S, until all have read the end."""
-        deadline = time.monotonic() + _LINGER_S
+    def wait_until_read(self, timeout_s: float = _LINGER_S) -> None:
+        """Makes the store's host wait, at most `timeout_s` seconds, until all have read the end."""
+        deadline = time.monotonic() + timeout_s
         with suppress(RuntimeError):
             while self.hosts and self.store.check(["end"]) and time.monotonic() < deadline:
                 if self.store.add("read", 0) >= self.store.add("agents", 0):

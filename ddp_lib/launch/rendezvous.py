@@ -52,19 +52,20 @@ def _sort_key(address: str) -> str:
     return f"{ip_address(address).packed.hex()} {address}" if address else ""
 
 
-def refuse(peers: Peers, error: UserError) -> None:
+def refuse(peers: Peers, error: UserError, join_timeout_s: float) -> None:
     """Ends the job on every machine: this one cannot take part. The store's host waits for those that are
-    just starting, at most _COME_S."""
+    just starting, at most `join_timeout_s` and _COME_S."""
+    wait_s = min(_COME_S, join_timeout_s)
 
     def all_came() -> bool:
         return not peers.hosts or len(peers.arrived()) >= peers.launch.nodes[1]
 
     if not all_came():
-        text = f"waiting for the other machines, at most {_COME_S:g} s, to tell them"
+        text = f"waiting for the other machines, at most {wait_s:g} s, to tell them"
         print(f"ddp-launch: {text}", file=sys.stderr, flush=True)
-        wait_until_true(all_came, time.monotonic() + _COME_S)
+        wait_until_true(all_came, time.monotonic() + wait_s)
     peers.publish_end(say_where(str(error)), error.status)
-    peers.wait_until_read()
+    peers.wait_until_read(wait_s)  # one that has just come still loads torch's agent
 
 
 def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, str, Peers]:
@@ -112,6 +113,6 @@ def open_rendezvous(launch: Launch, join_timeout_s: float) -> tuple[Rendezvous, 
         master = peers.share_master(master if hosts else None, join_timeout_s) or endpoint.host
     if trouble:
         if several:  # the others watch for it now
-            refuse(peers, trouble)
+            refuse(peers, trouble, join_timeout_s)
         raise trouble
     return handler, master, peers

@@ -39,12 +39,12 @@ _ALIVE_S, _END_S = 2.0, 4.0
 _TELL_S = 5.0
 
 
-def tell_others(launch: Launch, error: UserError) -> None:
+def tell_others(launch: Launch, error: UserError, join_timeout_s: float) -> None:
     """Ends the job on the other machines too, if they are there: this one cannot start its ranks. They would
     wait for it until their timeout."""
     with suppress(UserError, RuntimeError, RendezvousError):
-        *_, peers = open_rendezvous(launch, _TELL_S)
-        refuse(peers, error)
+        *_, peers = open_rendezvous(launch, min(_TELL_S, join_timeout_s))
+        refuse(peers, error, join_timeout_s)
 
 
 def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -> int:

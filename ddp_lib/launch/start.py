@@ -33,7 +33,7 @@ def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         try:
             ranks.prepare()  # a fork server imports torch while the agent does
-            with telling_others(launch):
+            with telling_others(launch, join_timeout_s):
                 nproc = count_ranks(launch.nproc)
             cores = thread_budget(launch.local[1] if launch.local else nproc)
             threads = os.environ.setdefault("OMP_NUM_THREADS", str(cores))
@@ -56,7 +56,7 @@ def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
 
 
 @contextmanager
-def telling_others(launch: Launch) -> Iterator[None]:
+def telling_others(launch: Launch, join_timeout_s: float) -> Iterator[None]:
     """Around what comes before the machines meet: a UserError that leaves the block ends the job on all."""
     try:
         yield
@@ -66,7 +66,7 @@ def telling_others(launch: Launch) -> Iterator[None]:
         print_error(str(error))  # at once: the others may not be there yet
         from ddp_lib.launch.run_agent import tell_others
 
-        tell_others(launch, error)
+        tell_others(launch, error, join_timeout_s)
         raise SystemExit(error.status) from error
 
 

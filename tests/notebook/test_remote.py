@@ -11,6 +11,7 @@ import pytest
 from ddp_lib.distributed.addresses import Endpoint
 from ddp_lib.errors import TransientError, UserError
 from ddp_lib.notebook import remote
+from ddp_lib.notebook.join import connect, join_notebook
 from tests.lab.kernel import kernel
 from tests.lab.ports import free_port
 from tests.lab.processes import TIMEOUT_S, clean_environment
@@ -45,8 +46,8 @@ def test_only_who_knows_the_token_is_admitted_and_nothing_is_unpickled_before(mo
         while other.recv(1000):
             pass
     with pytest.raises(UserError, match="refuses this token: copy the line that %ranks has printed"):
-        remote.join_notebook(endpoint, token + "x", 1)
-    client = remote.connect(endpoint, token, TIMEOUT_S)
+        join_notebook(endpoint, token + "x", 1)
+    client = connect(endpoint, token, TIMEOUT_S)
     client.send(("ranks", 3))
     thread.join(TIMEOUT_S)
     assert [machine.nproc for machine in admitted] == [3]
@@ -55,14 +56,14 @@ def test_only_who_knows_the_token_is_admitted_and_nothing_is_unpickled_before(mo
     client.close()
     admitted[0].connection.close()
     with pytest.raises(TransientError, match="nobody listens on 127"):
-        remote.join_notebook(endpoint, token, 1)
+        join_notebook(endpoint, token, 1)
 
 
 def test_a_silent_address_is_named():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = Endpoint("127.0.0.1", silent.getsockname()[1], "HOST:PORT")
         with pytest.raises(TransientError, match=r"no notebook answers at 127.0.0.1:\d+ \(.+\): check the"):
-            remote.join_notebook(endpoint, "token", 1, timeout_s=0.2)
+            join_notebook(endpoint, "token", 1, timeout_s=0.2)
 
 
 @pytest.mark.ranks
