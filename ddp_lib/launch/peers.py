@@ -18,14 +18,16 @@ from ddp_lib.distributed.addresses import is_loopback, join_host, wait_until_tru
 from ddp_lib.distributed.coordination import wait_for
 from ddp_lib.errors import MAY_PASS, WILL_FAIL_AGAIN, TransientError, UserError
 from ddp_lib.launch.options import Launch
+from ddp_lib.processes.identity import identify
 from ddp_lib.processes.signals import stop_signals
 
 # How often a launcher checks whether another has ended the job; how long the store's host waits for the
 # others to read that before it leaves; how long the first launcher may take to announce itself; how long the
 # thread that checks may take to end.
-_LOOK_S, _LINGER_S, _FIRST_S, _END_S = 0.3, 1.5, 5.0, 5.0
-# How much longer than --timeout-s the store may be silent.
-_SILENCE_S = 5.0
+_LOOK_S, _LINGER_S, _FIRST_S, _END_S = 0.3, 5.0, 5.0, 5.0
+# How much longer than --timeout-s the store may be silent. After how long without a sign of life another
+# launcher counts as ended: on a busy machine the first may come late.
+_SILENCE_S, _ENDED_S = 5.0, 10.0
 
 
 @dataclass
@@ -60,15 +62,13 @@ class Peers:
         """Announces this machine. UserError if its flags contradict those of earlier machines, if it is in
         the job already, or if the job has all its machines."""
         most, mine = self.launch.nodes[1], self.launch.node_rank
-        since = time.strftime("%H:%M:%S")
-        me = {"machine": self.machine, "id": self._id, "pid": os.getpid(), "since": since}
-        me |= {"nnodes": self.launch.nodes_text, "check": self.launch.check}
-        number = self.store.add("agents", 1)
-        self.store.set(f"agent/{number}", json.dumps(me))
-        late = number > most
-        text = wait_for(self.store, "agent/1", time.monotonic() + _FIRST_S)
-        first = me if text is None else json.loads(text)
-        trouble = ""
+        me: dict[str, Any] = {"machine": self.machine, "id": self._id, "process": identify(os.getpid())}
+        me |= {"nnodes": self.launch.nodes_text, "check": self.launch.check, "since": time.strftime("%T")}
+        me["number"] = self.store.add("agents", 1)
+        self.store.set(f"agent/{me['number']}", json.dumps(me))
+        first = json.loads(wait_for(self.store, "agent/1", time.monotonic() + _FIRST_S) or json.dumps(me))
+        holder, trouble = self._take_place(me), ""
+        number, late = me["number"], me["number"] > most
         if first["nnodes"] != me["nnodes"]:
             trouble = (
                 f"--nnodes is {me['nnodes']} on {self.machine}, but {first['nnodes']} on "
@@ -77,9 +77,9 @@ class Peers:
         elif first["check"] != me["check"]:
             with_it = first["machine"] if me["check"] else self.machine
             trouble = f"--no-check is given on {with_it} only: give the same flags on every machine"
-        elif holder := self._take_place(me):
+        elif holder:
             job = f"the job {self.launch.job!r}"
-            since = f"by process {holder['pid']}, since {holder['since']}"
+            since = f"by process {holder['process'][1]}, since {holder['since']}"
             if holder["machine"] == self.machine:
                 self._withdraw(number)
                 raise UserError(
@@ -108,33 +108,43 @@ class Peers:
             raise UserError(trouble)
 
     def _take_place(self, me: dict[str, Any]) -> dict[str, Any] | None:
-        """Takes this launcher's place in the job: its number, or its machine. Returns who has it, if that
-        launcher lives."""
+        """Takes this launcher's place in the job: its number, or its machine. Returns who has it, unless that
+        launcher has ended: then `me` goes on under its number."""
         endpoint, number = self.launch.endpoint, self.launch.node_rank
         if number is None and endpoint is not None and is_loopback(endpoint.host):
             return None  # a rehearsal: all machines are this one
-        key, mine = f"place/{me['machine'] if number is None else number}", json.dumps(me)
-        text = self.store.compare_set(key, "", mine).decode()
-        if text == mine:
+        key = f"place/{me['machine'] if number is None else number}"
+        holder: dict[str, Any] = json.loads(self.store.compare_set(key, "", json.dumps(me)))
+        if holder == me:
             return None
-        holder = json.loads(text)
-        if self._alive([holder]):
-            return dict(holder)
-        self.store.set(key, mine)  # that of one that is gone, or that left
+        if self._runs(holder):
+            return holder
+        self._withdraw(me["number"])
+        me["number"] = holder["number"]
+        for name in (key, f"agent/{me['number']}"):
+            self.store.set(name, json.dumps(me))
         return None
 
+    def _runs(self, launcher: dict[str, Any]) -> bool:
+        """Whether that launcher has not ended; of one on this machine the system knows it."""
+        namespace, pid, _ = process = launcher["process"]
+        if launcher["machine"] == self.machine and namespace == identify(os.getpid())[0]:
+            return identify(pid) == process
+        return bool(self._alive([launcher]))
+
     def _withdraw(self, number: int) -> None:
-        """This launcher does not take part."""
+        """Nobody takes part under this number."""
         self.store.delete_key(f"agent/{number}")
-        self.store.add("read", 1)
+
+    def _announced(self) -> list[dict[str, Any]]:
+        keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
+        return [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
 
     def _others(self) -> list[dict[str, Any]]:
         """All other launchers that have announced themselves, in order."""
-        keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
-        all_of_them = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-        return [other for other in all_of_them if other["id"] != self._id]
+        return [other for other in self._announced() if other["id"] != self._id]
 
-    def _alive(self, launchers: list[dict[str, Any]], timeout_s: float = 2.0) -> list[dict[str, Any]]:
+    def _alive(self, launchers: list[dict[str, Any]], timeout_s: float = _ENDED_S) -> list[dict[str, Any]]:
         """Those of the launchers that give a sign of life within timeout_s."""
         keys = [f"alive/{launcher['id']}" for launcher in launchers]
         before = [self.store.add(key, 0) for key in keys]
@@ -151,9 +161,7 @@ class Peers:
     def arrived(self) -> list[str]:
         """The machines that have come so far, in order, each once."""
         with suppress(RuntimeError):
-            keys = [f"agent/{n + 1}" for n in range(self.store.add("agents", 0))]
-            machines = [json.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-            return list(dict.fromkeys(machine["machine"] for machine in machines))
+            return list(dict.fromkeys(machine["machine"] for machine in self._announced()))
         return []
 
     def who_came(self, timeout_s: float) -> str:
@@ -172,9 +180,8 @@ class Peers:
         if self.fixed:
             with suppress(RuntimeError):
                 mine, self.published = f"{status} {line}", (line, status)
-                if self.store.compare_set("end", "", mine) == mine.encode():
-                    self.store.add("read", 1)
-                else:
+                self.store.set(f"read/{self._id}", "")
+                if self.store.compare_set("end", "", mine) != mine.encode():
                     self.published = self.read_end() or self.published
         return self.published or (line, status)
 
@@ -182,7 +189,8 @@ class Peers:
         """Ends the job on every machine: a signal has ended this launcher. status: 128 + its number."""
         self.stop_watching()
         if not self.fixed:
-            self.say_goodbye()  # before the ranks end, and with them those of the other machines
+            with suppress(RuntimeError):  # before the ranks end, and with them those of the other machines
+                self.store.add("goodbyes", 1)
         elif not self.seen:
             name = signal.Signals(status - 128).name
             self.publish_end(f"stopped by {name} on {socket.gethostname()}", status)
@@ -194,7 +202,7 @@ class Peers:
         with suppress(RuntimeError):  # the host is gone; torch's own agent says so
             if self.store.check(["end"]):
                 text = self.store.get("end").decode()
-                self.store.add("read", 1)
+                self.store.set(f"read/{self._id}", "")
         if not text:
             return None
         status, _, line = text.partition(" ")
@@ -206,17 +214,12 @@ class Peers:
         deadline = time.monotonic() + timeout_s
         with suppress(RuntimeError):
             while self.hosts and self.store.check(["end"]) and time.monotonic() < deadline:
-                if self.store.add("read", 0) >= self.store.add("agents", 0):
+                if all(self.store.check([f"read/{other['id']}"]) for other in self._others()):
                     return
                 time.sleep(0.1)
 
-    def say_goodbye(self) -> None:
-        """This machine leaves an elastic job that goes on."""
-        with suppress(RuntimeError):
-            self.store.add("goodbyes", 1)
-
     def count_goodbyes(self) -> int:
-        """How many machines have left."""
+        """How many machines have left an elastic job, which goes on."""
         with suppress(RuntimeError):
             return self.store.add("goodbyes", 0)
         return 0
@@ -276,11 +279,11 @@ class Peers:
 
     def silent_since(self, seconds: float) -> list[str]:
         """Watches the other launchers so long; those that give no sign of life meanwhile."""
+        silent: list[str] = []
         with suppress(RuntimeError):
-            others = self._others()
-            alive = self._alive(others, seconds)
-            return [other["machine"] for other in others if other not in alive]
-        return []
+            alive = self._alive(others := self._others(), seconds)
+            silent = [other["machine"] for other in others if other not in alive]
+        return silent
 
     def share_master(self, host: str | None, timeout_s: float) -> str | None:
         """MASTER_ADDR for the ranks of all machines, which the store's host gives."""
