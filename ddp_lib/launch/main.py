@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -171,6 +172,7 @@ def watch(args: list[str]) -> None:
     if options.once:
         watch_once(options.run_dir)
     else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the screen comes back
         watch(options.run_dir, wait_s=options.wait_s)
 
 

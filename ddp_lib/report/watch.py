@@ -8,7 +8,6 @@ import base64
 import io
 import math
 import os
-import shutil
 import sys
 import textwrap
 import time
@@ -24,7 +23,7 @@ LOOK_S = 0.5  # between two looks
 DRAWING = 0.15  # of a core, at most
 _LINE_EVERY_S = 10.0  # where lines are appended: between two that say how far the run is
 _NEW_S = 30.0  # a warning that has not held for so long is new
-_COLUMNS, _ROWS = 80, 24  # rows: of ranks in a notebook, and where a terminal does not say its size
+_COLUMNS, _ROWS = 80, 24  # of a table in a notebook
 _INCHES = (10, 7.5)  # of a picture in a cell, at 72 dots: below the table of some ranks on one screen
 _BARS, _CURVE = "▁▂▃▄▅▆▇█", 20  # on a terminal: how low and high losses look, and characters of a curve
 # A job that was killed leaves its signature in the folder: then silence lasts this many times as long.
@@ -58,8 +57,9 @@ def watch(folder: str | Path, *, wait_s: float = 60.0) -> None:
                 time.sleep(LOOK_S)
     except KeyboardInterrupt:
         why = "no longer watched; the run is not touched"
-    lasting = [warning.text for warning in run.warnings() if warning.lasting]
-    view.close([f"{folder}: {why}", *lasting])
+    finally:
+        lasting = [warning.text for warning in run.warnings() if warning.lasting]
+        view.close([f"{folder}: {why}", *lasting] if why else [])
 
 
 def watch_once(folder: str | Path) -> None:
@@ -195,28 +195,29 @@ class _Lines:
 
 
 class _Terminal:
-    """Draws the table again and again at the same place."""
+    """Draws on the whole screen; at the end what stood there comes back, and below it the last table."""
 
     def __init__(self, run: LiveRun) -> None:
-        self.run = run
-        self._lines: list[str] = []
-        can_draw = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        self._bars = _BARS if can_draw else "_.-=^"
+        from rich.live import Live
+
+        self.run, self._live = run, Live(screen=True, auto_refresh=False)
+        self._live.start()
 
     def show(self, new: bool) -> None:
-        size = shutil.get_terminal_size((_COLUMNS, _ROWS))
-        warnings = 2 * len(self.run.warnings())
-        lines = table(self.run, max(1, size.lines - 6 - warnings), self._bars)
-        lines = [line[: size.columns - 1] for line in lines][: size.lines - 1]
-        if lines != self._lines:
-            up = f"\x1b[{len(self._lines)}A" if self._lines else ""
-            text = "".join(f"{line}\x1b[K\n" for line in lines)
-            print(f"{up}{text}\x1b[J", end="", flush=True)
-            self._lines = lines
+        from rich.text import Text
+
+        console = self._live.console
+        rows = max(1, console.height - 6 - 2 * len(self.run.warnings()))
+        lines = table(self.run, rows, "_.-=^" if console.options.ascii_only else _BARS)
+        text = Text("\n".join(lines), no_wrap=True, overflow="crop")
+        text.highlight_regex(r"(?m)^! .*| !$", "bold red")
+        self._live.update(text, refresh=True)
 
     def close(self, last: list[str]) -> None:
         self.show(True)
-        print(last[0], flush=True)  # the table has the others
+        self._live.stop()
+        self._live.console.print(self._live.get_renderable())
+        print(*last[:1], flush=True)  # the table has the others
 
 
 class Cell:

@@ -11,8 +11,7 @@ from ddp_lib.errors import UserError
 from ddp_lib.launch import main as launch
 from ddp_lib.report import watch as module
 from ddp_lib.report.live_run import LiveRun
-from ddp_lib.run_dir.log import RunLog
-from tests.lab.logs import finish, step, write
+from tests.lab.logs import finish, write
 
 
 @pytest.fixture(autouse=True)
@@ -113,22 +112,6 @@ def test_a_warning_is_said_once_where_lines_are_appended(tmp_path, capsys):
     for _ in range(3):
         lines.show(False)
     assert capsys.readouterr().out.count("! the loss of rank 1 is not finite at step 0") == 1
-
-
-def test_a_terminal_is_drawn_in_place_and_only_if_something_is_new(tmp_path, capsys):
-    write(tmp_path, ranks=2)
-    run = LiveRun(tmp_path)
-    run.look()
-    terminal = module._Terminal(run)
-    terminal.show(True)
-    lines = capsys.readouterr().out.count("\n")
-    terminal.show(False)
-    assert capsys.readouterr().out == ""
-    with RunLog(tmp_path, 0) as log:
-        log.write(**step(60))
-    run.look()
-    terminal.show(True)
-    assert capsys.readouterr().out.startswith(f"\x1b[{lines}A")
 
 
 def test_once_prints_one_line_per_rank(tmp_path, capsys):
