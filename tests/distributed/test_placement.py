@@ -1,5 +1,6 @@
 """Which backend and which GPU, over a table of clusters."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,12 +51,17 @@ CLUSTERS = {
     "alone, the second GPU": (machine("a", 8, "1"), "none", "0"),
     "no GPU": (machine("a", 0, ALL, ALL) + machine("b", 0, ALL), "gloo", "cpu cpu cpu"),
     "8 and 8": (machine("a", 8, *[ALL] * 8) + machine("b", 8, *[ALL] * 8), "nccl", "0 1 2 3 4 5 6 7 " * 2),
+    "1 and 1": (machine("a", 1, ALL) + machine("b", 1, ALL), "nccl", "0 0"),
+    "the second of each": (machine("a", 8, "1") + machine("b", 8, "1"), "nccl", "0 0"),
     "more GPUs than ranks": (machine("a", 8, ALL, ALL), "nccl", "0 1"),
     "unequal machines": (machine("a", 8, *[ALL] * 4) + machine("b", 1, ALL), "nccl", "0 1 2 3 0"),
     "one shown per task": (machine("a", 4, "0", "1", "2", "3"), "nccl", "0 0 0 0"),
     "one shown by UUID": (machine("a", 2, "GPU-1", "GPU-0"), "nccl", "0 0"),
     "two shown per task": (machine("a", 4, "0,1", "2,3"), "nccl", "0 0"),
     "one per task, one local rank": (machine("a", 2, "0", "1", numbered=False), "nccl", "0 0"),
+    "one per task, all local rank 0": (
+        [replace(seen, local_rank=0) for seen in machine("a", 2, "0", "1")], "nccl", "0 0",  # by torchrun
+    ),
     "slices of MIG": (machine("a", 1, "MIG-1", "MIG-2"), "nccl", "0 0"),
     "no LOCAL_RANK": (machine("a", 2, ALL, ALL, numbered=False) + machine("b", 1, ALL), "nccl", "0 1 0"),
     "hidden everywhere": (machine("a", 8, "", "") + machine("b", 8, ""), "gloo", "cpu cpu cpu"),
