@@ -149,15 +149,14 @@ class World(RankEnv):
             if limit := limit_reached(error):
                 raise TransientError(limit) from error
             kind = TransientError if is_peer_gone(error) or is_timeout(error) else UserError
-            cause, cure = gpu_cause(str(error)) or (
+            told = gpu_cause(str(error))
+            what = "NCCL could not start" if told else "the ranks could not connect to each other"
+            cause, cure = told or (
                 first_line(error),
                 "open all ports between the machines, and set GLOO_SOCKET_IFNAME to the interface that joins "
                 "them",
             )
-            raise kind(
-                f"rank {self.rank} reached the master, but the ranks could not connect to each other "
-                f"({cause}): {cure}"
-            ) from error
+            raise kind(f"rank {self.rank} reached the master, but {what} ({cause}): {cure}") from error
 
     def _init_group_of_one(self) -> None:
         """Nothing here needs it, so if it cannot be made, this rank goes on without it."""

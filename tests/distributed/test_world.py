@@ -55,6 +55,30 @@ def test_a_tensor_on_the_cpu_is_reduced_where_the_others_are(monkeypatch):
     assert reduced == ["meta"]
 
 
+NCCL = "NCCL error in: NCCLUtils.cpp:94, {}\nncclSomeError: of NCCL.\nLast error:\n{}"
+TWICE, GONE = "Duplicate GPU detected : rank 1 and rank 0", "Connection closed by remote peer m1<4>"
+MESH = "Gloo connectFullMesh failed"
+
+
+@pytest.mark.parametrize(
+    ("said", "line", "status"),
+    [
+        (NCCL.format("invalid usage", TWICE), f"NCCL could not start ({TWICE}): two ranks have taken", 2),
+        (NCCL.format("remote process exited", GONE), f"NCCL could not start ({GONE}): another rank", 75),
+        (MESH, f"the ranks could not connect to each other ({MESH}): open all ports", 75),
+    ],
+)
+def test_why_the_group_cannot_start(monkeypatch, said, line, status):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.distributed.DistBackendError(said)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(UserError) as refused:
+        World(rank=1, world_size=2, device=torch.device("cpu"))._init_process_group()
+    assert str(refused.value).startswith(f"rank 1 reached the master, but {line}")
+    assert refused.value.status == status
+
+
 STUCK = """
 import gc, time
 gc.collect = lambda: None  # on a busy machine it may take longer than this timeout
