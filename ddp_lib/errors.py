@@ -129,10 +129,11 @@ def is_timeout(error: BaseException) -> bool:
 # What NCCL and CUDA say, the most telling signs first, and the cure.
 _GPU_CURES = (
     (
-        "[Dd]uplicate GPU",
-        "two ranks have taken one GPU (slices of it by MIG count as one): start one rank per GPU, and set "
-        "LOCAL_RANK if you start the ranks yourself",
+        "[Dd]uplicate GPU|Multiple Ranks are using the same GPU",
+        "two ranks have taken one GPU, or slices of one (MIG): start one rank per GPU, and set LOCAL_RANK if "
+        "you start the ranks yourself; slices need NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1",
     ),
+    ("[Mm]ismatched NCCL version|NCCL version mismatch", "install the same torch on every machine"),
     (
         r"/dev/shm|shared memory|fallocate|No space left",
         "/dev/shm is too small: in a container give --shm-size 1g or more, in Kubernetes mount an emptyDir "

@@ -15,7 +15,10 @@ ncclSystemError: System call (e.g. socket, malloc) or external library call fail
 Last error:
 {}
 """
+SAME_GPU = "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI_RANK_GPU_ENABLE=1 to enable it."
 SAID = {
+    SAME_GPU: "one rank per GPU",  # from NCCL 2.30 on
+    "Mismatched NCCL version detected : rank 0 version 22705 rank 1 version 23007": "the same torch",
     "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device c1000": "one rank per GPU",
     "Error while creating shared memory segment /dev/shm/nccl-a1 (size 9637888)": "--shm-size",
     "Cuda failure 35 'CUDA driver version is insufficient for CUDA runtime version'": "driver is too old",

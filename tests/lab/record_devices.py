@@ -83,17 +83,12 @@ class Recorder:
     def launch(self, name: str, ranks: list[Rank]) -> None:
         """Calls each rank on a machine with each number of GPUs, and notes what it chooses."""
         chosen: dict[int, list[tuple[str, ...]]] = {gpus: [] for gpus in GPUS}
-        for gpus, (env, call) in itertools.product(GPUS, ranks):
-            with patch.dict(os.environ, env), gpu_machine(gpus):
-                signal.setitimer(signal.ITIMER_REAL, LONGEST_S, LONGEST_S)  # again, if C++ swallows it
-                try:
-                    call()
-                except Joined as joined:
-                    chosen[gpus] += [joined.args] if joined.args else []
-                except (Exception, SystemExit) as error:
-                    chosen[gpus] += [("refused", str(error))] if isinstance(error, UserError) else []
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+        for env, call in ranks:
+            choice, asked = choose(env, call, GPUS[0])
+            for gpus in GPUS:
+                if asked and gpus != GPUS[0]:  # else it does the same, whatever GPUs there are
+                    choice, _ = choose(env, call, gpus)
+                chosen[gpus] += choice
         self.launches.append(self.where | {"launch": name, "chosen": chosen})
 
     def run_ranks(
@@ -112,6 +107,22 @@ class Recorder:
             ranks += command_ranks([fill(word, node, nnodes) for word in command], given, node, nnodes)
         self.launch(" ".join(command[:2]), ranks)
         return [Nothing() for _ in range(nnodes)]
+
+
+def choose(env: dict[str, str], call: Callable[[], object], gpus: int) -> tuple[list[tuple[str, ...]], bool]:
+    """What a rank chooses, as a list, empty if it does not join; and whether it has asked for GPUs."""
+    choice: list[tuple[str, ...]] = []
+    with patch.dict(os.environ, env), gpu_machine(gpus) as asked:
+        signal.setitimer(signal.ITIMER_REAL, LONGEST_S, LONGEST_S)  # again, if C++ swallows it
+        try:
+            call()
+        except Joined as joined:
+            choice = [joined.args] if joined.args else []
+        except (Exception, SystemExit) as error:
+            choice = [("refused", str(error))] if isinstance(error, UserError) else []
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    return choice, bool(asked)
 
 
 def fill(text: str, node: int, nnodes: int) -> str:
@@ -147,15 +158,22 @@ chosen: list[str] = []  # what the rank has called set_device with
 
 
 @contextlib.contextmanager
-def gpu_machine(gpus: int) -> Iterator[None]:
+def gpu_machine(gpus: int) -> Iterator[list[int]]:
+    """Yields a list that is no longer empty when somebody has asked for GPUs."""
+    asked: list[int] = []
+
+    def count() -> int:
+        asked.append(gpus)
+        return gpus
+
     chosen.clear()
     with (
-        patch.object(torch.cuda, "device_count", lambda: gpus),
+        patch.object(torch.cuda, "device_count", count),
         patch.object(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")),
-        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.object(torch.cuda, "is_available", lambda: bool(count())),
         patch.object(torch.cuda, "set_device", lambda device: chosen.append(str(device))),
     ):
-        yield
+        yield asked
 
 
 @cache
