@@ -117,7 +117,8 @@ def read_failure(
     elif exception and raised and (code in (1, -signal.SIGABRT) or ended):
         kind, _, said = exception.line.partition(": ")
         where = f" ({exception.where})" if exception.where and kind not in _OWN else ""
-        told = ": ".join([kind, *(gpu_cause(exception.text) or [said])]) if said else kind
+        of_gpu = gpu_cause(exception.text.removeprefix(f"{kind}: "))
+        told = ": ".join([kind, *(of_gpu or [said])]) if said else kind
         line = f"{name}: {said if kind in _OWN else told}{where}"
         if exception.inside.endswith("multiprocessing/synchronize.py"):  # its semaphores lie there
             line += f": {NO_SHM}"

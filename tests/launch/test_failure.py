@@ -12,7 +12,7 @@ from ddp_lib.launch.failure import cause_of, drop_half_written, read_failure, sa
 from ddp_lib.launch.rank_log import RankLogs
 from tests.launch.test_rank_log import MAIN, STEP, traceback
 
-CAUSE, LOST = 0, 1
+CAUSE, LOST, HOST = 0, 1, socket.gethostname()
 REFUSED = traceback(MAIN, ends="ValueError: bad")
 CLOSED = "Connection closed by peer [10.0.0.2]:4711"
 TORCH = ("/usr/lib/python3/site-packages/torch/distributed/c10d.py", 7, "all_reduce", "work.wait()")
@@ -26,6 +26,7 @@ Last error:
 {}"""
 TWICE = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device c1000"
 TWO = NCCL.format("invalid usage", "ncclInvalidUsage", TWICE)
+FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 GONE = NCCL.format(
     "remote process exited", "ncclRemoteError", "socketProgress: Connection closed by remote peer"
 )
@@ -60,6 +61,7 @@ ENDS = {
     "NCCL's lost peer": (-6, "what(): ncclSystemError: Connection reset by peer\n", LOST, 75, "lost it"),
     "NCCL's cause": (1, traceback(MAIN, C10D, ends=TWO), CAUSE, 1, f"{TWICE}: two ranks have taken one GPU"),
     "NCCL's cause, aborted": (-6, f"terminate called\nwhat(): {TWO}\n", CAUSE, 134, f"({TWICE}): two ranks"),
+    "a full GPU": (1, traceback(MAIN, ends=FULL), CAUSE, 1, f" on {HOST}: {FULL}: the GPU is full"),
     "NCCL's lost peer, raised": (1, traceback(MAIN, C10D, ends=GONE), LOST, 75, "remote peer: another rank"),
     "a crash with stacks": (-11, f"step 1\n{FATAL}", CAUSE, 139, "SIGSEGV at train.py line 41 in step"),
     "an exception, then an abort": (-6, REFUSED + FATAL, CAUSE, 1, "ValueError: bad (train.py line 90"),
@@ -94,16 +96,15 @@ def test_an_end_is_read_from_status_and_log(fail, how):
 
 
 def test_a_machine_is_named_once(fail):
-    host = socket.gethostname()
-    report = {"line": f"{host}: its disk is full", "consequence": False}
-    assert read_failure(1, *fail(1, 1, "", report)).line == f"rank 1 on {host}: its disk is full"
+    report = {"line": f"{HOST}: its disk is full", "consequence": False}
+    assert read_failure(1, *fail(1, 1, "", report)).line == f"rank 1 on {HOST}: its disk is full"
     for text in (
-        f"rank 1 on {host}: no",
-        f"{host} (10.0.0.1) did not come",
-        f"Python differs on {host}, but",
+        f"rank 1 on {HOST}: no",
+        f"{HOST} (10.0.0.1) did not come",
+        f"Python differs on {HOST}, but",
     ):
         assert say_where(text) == text
-    assert say_where(f"the disk of {host}-2 is full") == f"{host}: the disk of {host}-2 is full"
+    assert say_where(f"the disk of {HOST}-2 is full") == f"{HOST}: the disk of {HOST}-2 is full"
 
 
 def test_what_a_rank_reported_stands_though_it_was_killed_afterwards(fail):
