@@ -78,7 +78,7 @@ lab: $(INSTALLED) ## open your copy of the course, work/, in JupyterLab: ARGS=..
 	  --ServerApp.terminado_settings="shell_command=['$${SHELL:-/bin/sh}']" \
 	  $$(test "$$(id -u)" != 0 || echo --allow-root) work/00_start_here.ipynb $(ARGS)
 
-class: $(INSTALLED) ## write the course for a class to OUT=folder: student/ without solutions, teacher/ with a plan
+class: $(INSTALLED) ## write the course for a class to OUT=folder: student/ without solutions, teacher/ with a plan, slides/
 	@test -n "$(OUT)" || { echo "make class OUT=FOLDER: no folder given" >&2; exit 1; }
 	@$(BIN)/python -m ddp_lib.course class "$(OUT)"
 

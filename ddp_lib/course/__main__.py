@@ -32,7 +32,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Class:
-    """Writes the course for a class: student/ without solutions, teacher/ with them and with a plan."""
+    """Writes the course for a class: student/ without solutions, teacher/ with them and a plan, slides/."""
 
     out: Annotated[Path, tyro.conf.Positional]
     """folder to write"""

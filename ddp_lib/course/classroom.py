@@ -1,4 +1,4 @@
-"""The course for a class: notebooks without solutions for the students, with them for the teacher."""
+"""The course for a class: notebooks without solutions for the students, with them for the teacher; slides."""
 
 import json
 import re
@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 from ddp_lib.course.exercises import Cell, text
+from ddp_lib.course.slides import write_slides
 from ddp_lib.errors import UserError
 
 _SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>\n*", re.S)
 
 
 def write_class(course: Path, plan: Path, out: Path) -> list[str]:
-    """Writes `out`/student, `out`/teacher and the teacher's plan; returns lines that say so.
+    """Writes `out`/student, `out`/teacher with the plan, and `out`/slides; returns lines that say so.
 
     UserError if `out` holds something already, or cannot be written.
     """
@@ -30,11 +31,13 @@ def write_class(course: Path, plan: Path, out: Path) -> list[str]:
             written = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
             (out / "student" / path.name).write_text(written, encoding="utf-8")
         shutil.copyfile(plan, out / "teacher" / plan.name)
+        slides = write_slides(notebooks, out / "slides")
     except OSError as error:
         raise UserError(f"cannot write the class to {out}: {error}") from error
     return [
         f"{out / 'student'}: {len(notebooks)} notebooks without solutions",
         f"{out / 'teacher'}: the same with solutions, and {plan.name}, a plan for half a day and for a day",
+        f"{out / 'slides' / 'index.html'}: {slides} slides of the main cells",
     ]
 
 

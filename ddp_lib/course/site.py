@@ -8,12 +8,14 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 
+from ddp_lib.course.exercises import Cell, text
 from ddp_lib.errors import UserError
 
-_FRAME = Path(__file__).with_name("page")
+FRAME = Path(__file__).with_name("page")
 # A link to a file of the project that is no page.
 _FILE = re.compile(r'href="\.\./((?:[\w-]+/)*[\w.-]+?(?<!\.md))"')
 _TITLE = "Distributed data parallel training with PyTorch"
@@ -60,19 +62,37 @@ def write_site(course: Path, out: Path) -> list[str]:
             shutil.copyfile(course.parent / name, out / "files" / name)
         (out / "sections.js").write_text(f"const SECTIONS = {json.dumps(sections)};\n", encoding="utf-8")
         for file in ("style.css", "script.js"):
-            shutil.copyfile(_FRAME / file, out / file)
+            shutil.copyfile(FRAME / file, out / file)
         with open(out / "style.css", "a", encoding="utf-8") as style:
-            style.write(_code_colours())
+            style.write(code_colours())
     except OSError as error:
         raise UserError(f"cannot write the site to {out}: {error}") from error
     return [f"{out / 'index.html'}: {len(chapters)} chapters, {len(sections)} sections to search"]
 
 
-def _chapter(path: Path) -> Page:
+def read_notebook(path: Path) -> Cell:
+    """The notebook; a picture's text alternative is the text below it, in italics."""
+    import nbformat
+
+    notebook: Cell = nbformat.read(path, as_version=4)
+    for cell, below in pairwise(notebook["cells"]):
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            caption = re.match(r"\*(?!\*)(.+?)\*(?!\*)", text(below), re.S)
+            cell["metadata"]["alt"] = " ".join(caption[1].split()) if caption else ""
+    return notebook
+
+
+def to_html(notebook: Cell) -> str:
+    import nbformat
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(template_name="basic").from_filename(str(path))
-    return Page(path.stem, f"{path.stem[:2]} {_first_heading(body)}", body)
+    exporter = HTMLExporter(template_name="basic")
+    return str(exporter.from_notebook_node(nbformat.from_dict(notebook))[0])
+
+
+def _chapter(path: Path) -> Page:
+    body = to_html(read_notebook(path))
+    return Page(path.stem, f"{path.stem[:2]} {first_heading(body)}", body)
 
 
 def _markdown(path: Path) -> Page:
@@ -83,10 +103,10 @@ def _markdown(path: Path) -> Page:
 
     body = markdown2html(path.read_text(encoding="utf-8"))
     body = re.sub(r'( id="|href="#)([^"]+)"', plain, body)  # as GitHub names headings
-    return Page(path.stem.lower(), _first_heading(body), body)
+    return Page(path.stem.lower(), first_heading(body), body)
 
 
-def _first_heading(body: str) -> str:
+def first_heading(body: str) -> str:
     return _plain(re.search(r"<h1.*?</h1>", body, re.S)[0])  # type: ignore[index]
 
 
@@ -100,10 +120,10 @@ def _sections(page: Page) -> list[dict[str, str]]:
     """What can be found: the text from each heading to the next."""
     parts = re.split(r'(<h[1-3][^>]* id="[^"]+".*?</h[1-3]>)', page.body, flags=re.S)
     sections = []
-    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+    for heading, below in zip(parts[1::2], parts[2::2], strict=True):
         anchor = re.findall(r'id="([^"]+)"', heading)[0]
         name = page.title[:2] if page.title[:2].isdigit() else page.title
-        link, words = f"{page.link}#{anchor}", _plain(heading + text).lower()
+        link, words = f"{page.link}#{anchor}", _plain(heading + below).lower()
         sections.append({"page": name, "title": _plain(heading), "link": link, "text": words})
     return sections
 
@@ -114,9 +134,9 @@ def _write(out: Path, page: Page, previous: Page, following: Page | None = None)
     steps = f'<a href="{previous.link}">&larr; {html.escape(previous.title)}</a>'
     if following:
         steps += f'<a href="{following.link}">{html.escape(following.title)} &rarr;</a>'
-    frame = Template((_FRAME / "frame.html").read_text(encoding="utf-8"))
-    text = frame.substitute(title=html.escape(page.title), body=body, steps=steps)
-    (out / page.link).write_text(text, encoding="utf-8")
+    frame = Template((FRAME / "frame.html").read_text(encoding="utf-8"))
+    whole = frame.substitute(title=html.escape(page.title), body=body, steps=steps)
+    (out / page.link).write_text(whole, encoding="utf-8")
 
 
 def _as_page(link: re.Match[str]) -> str:
@@ -124,7 +144,7 @@ def _as_page(link: re.Match[str]) -> str:
     return f'href="{name if name[:2].isdigit() else name.lower()}.html{anchor or ""}"'
 
 
-def _code_colours() -> str:
+def code_colours() -> str:
     from pygments.formatters import HtmlFormatter
 
     light = HtmlFormatter(style="default").get_style_defs(".highlight")

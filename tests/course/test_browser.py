@@ -22,9 +22,12 @@ import psutil
 import pytest
 import websocket
 
+from ddp_lib.course.classroom import without_solutions
+from ddp_lib.course.exercises import read_exercises, text
 from ddp_lib.course.site import write_site
+from ddp_lib.course.slides import write_slides
 from tests.lab.logs import finish, grow
-from tests.lab.notebooks import make_cell, make_notebook
+from tests.lab.notebooks import NOTEBOOKS, make_cell, make_notebook
 from tests.lab.ports import free_port
 from tests.lab.project import ROOT
 
@@ -201,12 +204,12 @@ def test_the_terminal_finds_ddp_launch(lab, project):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_site_fits_the_screen_and_is_searched(width, page, tmp_path):
-    write_site(ROOT / "notebooks", tmp_path / "site")
+def test_the_site_fits_the_screen_and_is_searched(width, page, once):
+    site = once("site", lambda folder: write_site(ROOT / "notebooks", folder))
     page.set_viewport_size({"width": width, "height": 800})
     page_errors: list[str] = []
     page.on("pageerror", lambda error: page_errors.append(str(error)))
-    for path in sorted((tmp_path / "site").glob("*.html")):
+    for path in sorted(site.glob("*.html")):
         page.goto(path.as_uri())
         widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert widths[0] <= widths[1], path.name
@@ -221,6 +224,48 @@ def test_the_site_fits_the_screen_and_is_searched(width, page, tmp_path):
     page.wait_for_url("**/*.html#*")
     assert "set_epoch" in page.inner_text("main")
     assert page_errors == []
+
+
+def test_the_slides_fit_the_screen_and_the_paper(page, once, tmp_path):
+    decks = once("slides", lambda folder: write_slides(NOTEBOOKS, folder))
+    page.set_viewport_size({"width": 1280, "height": 720})
+    page_errors: list[str] = []
+    page.on("pageerror", lambda error: page_errors.append(str(error)))
+    for path in sorted(decks.glob("*.html")):
+        page.goto(path.as_uri())
+        cut = "s => s.scrollHeight > s.clientHeight || parseFloat(getComputedStyle(s).fontSize) < 11"
+        wide = "e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth"
+        for what, judge in (("section", cut), ("pre, table, img", wide)):
+            faulty = f"[...document.querySelectorAll('{what}')].filter({judge}).map(e => e.outerHTML)"
+            assert page.evaluate(faulty) == [], path.name
+    page.goto((decks / "01_process_groups.html").as_uri())
+    for key, number in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        page.keyboard.press(key)
+        assert page.evaluate("scrollY / innerHeight") == number
+        page.screenshot(path=tmp_path / f"slide-{number}.png")
+    assert page.pdf(prefer_css_page_size=True).count(b"/Type /Page\n") == page.locator("section").count()
+    assert page_errors == []
+
+
+def test_a_students_notebook_shows_no_solution(lab, page, project, tmp_path):
+    original = json.loads((ROOT / "notebooks" / "01_process_groups.ipynb").read_text())
+    (project / "work" / "student.ipynb").write_text(json.dumps(without_solutions(original)))
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.goto(f"{lab.url}/lab/tree/work/student.ipynb?reset&token=t")
+    page.wait_for_selector(".jp-MarkdownOutput:has-text('Onward')")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    shown = page.inner_text(".jp-Notebook")
+    assert "Exercises" in shown and "# your code" in shown and "Solution" not in shown
+    code = "".join(text(cell) for cell in original["cells"] if cell["cell_type"] == "code")
+    for exercise in read_exercises(original)[1]:
+        hidden = [line for line in exercise.solution.splitlines() if line.strip() not in code]
+        assert hidden and not any(line.strip() in shown for line in hidden), exercise.number
+    wide = "e => e.scrollWidth > e.clientWidth + 1 || (e.naturalWidth && e.clientHeight > 600)"
+    what = ".jp-MarkdownOutput, .jp-OutputArea-output pre, .jp-OutputArea-output img"
+    faulty = f"[...document.querySelectorAll('{what}')].filter({wide}).map(e => e.outerHTML.slice(0, 99))"
+    assert page.evaluate(faulty) == []
+    page.locator(".jp-MarkdownOutput:has-text('Exercises')").last.scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path / "student.png")
 
 
 def set_theme(page, theme: str) -> None:
