@@ -24,7 +24,6 @@ DRAWING = 0.15  # of a core, at most
 _LINE_EVERY_S = 10.0  # where lines are appended: between two that say how far the run is
 _NEW_S = 30.0  # a warning that has not held for so long is new
 _COLUMNS, _ROWS = 80, 24  # of a table in a notebook
-_INCHES = (10, 7.5)  # of a picture in a cell, at 72 dots: below the table of some ranks on one screen
 _BARS, _CURVE = "▁▂▃▄▅▆▇█", 20  # on a terminal: how low and high losses look, and characters of a curve
 # A job that was killed leaves its signature in the folder: then silence lasts this many times as long.
 _WITH_JOB = 10
@@ -262,8 +261,7 @@ class Cell:
 
     def _update(self, figure: Any) -> None:
         file = io.BytesIO()
-        figure.set_size_inches(*_INCHES)
-        figure.savefig(file, format="png", dpi=72)
+        figure.savefig(file, format="png", dpi=72)  # small: below the table of some ranks on one screen
         self._picture.update(self._bundle(file.getvalue()), raw=True)
 
     def close(self, last: list[str], whole: bool = True) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from ddp_lib.errors import UserError
@@ -41,7 +42,7 @@ def test_a_picture_in_the_folder_or_where_asked(tmp_path):
     write_run(tmp_path)
     assert plot_run(tmp_path) == tmp_path / "loss.png"
     pixels = imread(tmp_path / "loss.png")
-    assert pixels.shape[:2] == (1200, 1200) and pixels[..., :3].std() > 0.05
+    assert pixels.shape[:2] == (672, 1320) and pixels[..., :3].std() > 0.05
     other = tmp_path / "new" / "picture.svg"
     assert plot_run(str(tmp_path), str(other)) == other and "<svg" in other.read_text()
 
@@ -142,6 +143,20 @@ def test_ranks_differ_with_and_without_colour():
     assert len({rank_style(rank) for rank in range(42)}) == 42
     assert len({rank_style(rank)[1] for rank in range(7)}) == 7
     assert len({rank_style(rank)[0] for rank in range(6)}) == 6
+
+
+def test_each_ranks_line_stands_out_from_white():
+    for red, green, blue in (to_rgb(rank_style(rank)[0]) for rank in range(6)):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        luminance = 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+        assert 1.05 / (luminance + 0.05) >= 4.5  # WCAG's contrast
+
+
+def test_a_laptops_screen_shows_all_of_it(tmp_path):
+    write_run(tmp_path, ranks=40, steps=range(3))
+    (tmp_path / "shown.png").write_bytes(draw_run(tmp_path)._repr_png_())
+    height, width, _ = imread(tmp_path / "shown.png").shape
+    assert height <= 600 and width <= 1200
 
 
 @pytest.mark.process
