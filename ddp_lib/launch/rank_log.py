@@ -1,26 +1,20 @@
 """What a rank of `ddp-launch run` printed: a file per rank, and what its last traceback says."""
 
 import re
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 from traceback import FrameSummary
 
-from filelock import FileLock
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, LogsSpecs
 
 from ddp_lib.errors import PEER_GONE, lost_a_peer
 from ddp_lib.launch.flight_recorder import name_dumps
 from ddp_lib.processes.signals import STARTS
 from ddp_lib.processes.stacks import describe, is_library
+from ddp_lib.processes.temporary import temporary_folder
 from ddp_lib.run_dir.log import name_disk_errors
 
-# A launcher's folder for temporary files: how its name begins, and the file in it that it has locked.
-_PREFIX, _LOCK = "ddp-launch-", ".of-ddp-launch.lock"
-_JUST_S = 60.0
 # Of a log, so many bytes are searched for the last traceback.
 _TAIL = 1 << 18
 _MESSAGE = 4000  # characters of an exception's message that are searched
@@ -45,33 +39,18 @@ def _say_start(env: dict[str, str], starts: int, local: tuple[int, int] | None, 
         env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = map(str, local)
 
 
-def remove_folders_of_killed_launchers() -> None:
-    """Those of `NoLogs`: each launcher that lives holds the lock of its folder."""
-    for path in Path(gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
-        lock = FileLock(path, fallback_to_soft=False)
-        with suppress(OSError, NotImplementedError):
-            # One that has just made the file may not have locked it yet.
-            if path.stat().st_mtime < time.time() - _JUST_S:
-                with lock.acquire(timeout=0):  # else: the launcher lives
-                    shutil.rmtree(path.parent, ignore_errors=True)
-
-
 class NoLogs(DefaultLogsSpecs):
-    """The ranks write to the launcher's own output. torch's folder for their error files is removed when the
-    launcher ends. local: as in RankLogs. folder: where they write dumps, if it is there."""
+    """The ranks write to the launcher's own output, and torch's error files go with the launcher. local: as
+    in RankLogs. folder: where they write dumps, if it is there."""
 
     def __init__(self, local: tuple[int, int] | None, folder: Path) -> None:
-        remove_folders_of_killed_launchers()
-        self._folder = TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
-        with suppress(OSError, NotImplementedError):
-            self._lives = FileLock(Path(self._folder.name) / _LOCK, fallback_to_soft=False).acquire()
-        super().__init__(self._folder.name)
+        super().__init__(str(temporary_folder()))
         self.local, self.starts, self.dumps = local, 0, ""
         self.begins = str(folder.absolute() / f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
         """torch would make a folder that is named as the job, however long that name is."""
-        return self._folder.name
+        return str(temporary_folder())
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         self.dumps = f"{self.begins}.{self.starts}.rank"

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ddp_lib.errors import UserError
+from ddp_lib.processes.temporary import temporary_folder
 
 # The server's PYTHONSAFEPATH, which is not meant for the programs that a rank starts.
 _SERVERS_OWN = "fork server"
@@ -59,13 +60,13 @@ _SOCKET_FOLDER = 80
 
 
 def _make_socket_folder() -> None:
-    """Has multiprocessing, here and in the ranks, keep its sockets in /tmp if TMPDIR is too long for them.
-    UserError if it can be kept in neither."""
+    """Has multiprocessing, here and in the ranks, keep its sockets in this process's temporary folder, or in
+    /tmp if TMPDIR is too long for them. UserError if they can be kept in neither."""
     old = tempfile.tempdir
     try:
-        long = len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678") > _SOCKET_FOLDER
-        if long and os.path.isdir("/tmp"):
-            tempfile.tempdir = "/tmp"
+        own = str(temporary_folder())
+        long = len(os.fsencode(own)) + len("/pymp-12345678") > _SOCKET_FOLDER
+        tempfile.tempdir = "/tmp" if long and os.path.isdir("/tmp") else own
         get_temp_dir()  # made once per process
     except OSError as error:
         where = "in " + tempfile.tempdir if tempfile.tempdir else "for temporary files"
