@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from ddp_lib.errors import UserError, require_seconds
 
@@ -80,17 +80,19 @@ class TrainConfig:
     """Seconds to wait until this machine and all others have the data ready."""
 
     def __post_init__(self) -> None:
-        def require(fields: str, is_valid: Callable[[Any], Any], cure: str) -> None:
-            for field in fields.split():
-                value = getattr(self, field)
+        def require(names: str, is_valid: Callable[[Any], Any], cure: str) -> None:
+            for name in names.split():
+                value = getattr(self, name)
                 if not is_valid(value):
-                    raise UserError(f"--{field.replace('_', '-')} is {value!r}: {cure}")
+                    raise UserError(f"{_flag(name)} is {value!r}: {cure}")
 
+        for field in fields(self):
+            _require_type(field, getattr(self, field.name))
         counts = "epochs global_batch_size accumulate"
         require(counts, lambda n: 1 <= n <= 1_000_000, "give a whole number from 1 to 1000000")
         require("image_size", lambda n: 8 <= n <= 2048, "give a number of pixels from 8 to 2048")
-        for field in ("join_timeout_s", "timeout_s", "data_timeout_s", "log_sync_s"):
-            require_seconds(f"--{field.replace('_', '-')}", getattr(self, field))
+        for name in ("join_timeout_s", "timeout_s", "data_timeout_s", "log_sync_s"):
+            require_seconds(_flag(name), getattr(self, name))
         require("checkpoint_every_s", lambda x: 0 < x < math.inf, "give a number of seconds above 0")
         require("lr", lambda x: 0 < x <= 1000, "give a number above 0, up to 1000")
         require("momentum label_smoothing warmup", lambda x: 0 <= x < 1, "give a number from 0 to below 1")
@@ -110,3 +112,20 @@ class TrainConfig:
             for name, value in asdict(self).items()
             if name not in FREE_ON_RESUME and earlier[name] != value
         ]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _require_type(field: Field[Any], value: Any) -> None:
+    """UserError unless the value has the type of the field: a program may give any."""
+    choices, kind = get_args(field.type), field.type
+    if choices:
+        valid, cure = value in choices, f"give one of {', '.join(choices)}"
+    elif kind is float:
+        valid, cure = isinstance(value, (int, float)) and not isinstance(value, bool), "give a number"
+    else:
+        valid, cure = type(value) is kind, f"give a value of type {getattr(kind, '__name__', kind)}"
+    if not valid:
+        raise UserError(f"{_flag(field.name)} is {value!r}: {cure}")

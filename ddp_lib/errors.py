@@ -12,6 +12,10 @@ class UserError(Exception):
 
     status = WILL_FAIL_AGAIN
 
+    def _render_traceback_(self) -> list[str]:
+        """For IPython: the line, without the stack of this package."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class TransientError(UserError):
     """A problem that may be gone at the next start: a peer that is late, a link that is down, a full disk."""
@@ -33,7 +37,7 @@ LONGEST_S = 1_000_000
 def require_seconds(name: str, seconds: float) -> None:
     """UserError, which says `name`, unless this timeout is above 0 and at most eleven days: the system counts
     some timeouts in milliseconds, in 32 bits."""
-    if not 0 < seconds <= LONGEST_S:
+    if not (isinstance(seconds, (int, float)) and 0 < seconds <= LONGEST_S):
         raise UserError(f"{name} is {seconds!r}: give a number of seconds above 0, up to {LONGEST_S}")
 
 

@@ -18,6 +18,7 @@ from ddp_lib.distributed.store import host_store
 from ddp_lib.errors import TransientError, UserError, limit_reached
 from ddp_lib.launch import run_agent
 from ddp_lib.notebook import worker
+from ddp_lib.notebook.errors import in_one_line
 from ddp_lib.processes.exit_status import as_exit_status, print_error
 from ddp_lib.run_dir.checkpoint_file import write_atomic
 from ddp_lib.run_dir.log import name_disk_errors
@@ -45,6 +46,12 @@ def test_a_limit_is_one_line(capfd, error, named):
     out, err = capfd.readouterr()
     assert outcome.status == 75
     assert (out, err.count("\n")) == ("", 1) and named in err
+
+
+@pytest.mark.parametrize(("error", "named"), MET.values(), ids=MET)
+def test_so_it_is_in_a_notebook(error, named):
+    with pytest.raises(TransientError, match=named), in_one_line("the ranks have"):
+        raise error
 
 
 def test_output_to_a_full_disk_is_one_line(capfd):

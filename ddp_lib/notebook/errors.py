@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import FrameSummary
 
-from ddp_lib.errors import PEER_GONE
+from ddp_lib.errors import PEER_GONE, TransientError, first_line, limit_reached
 from ddp_lib.processes.stacks import library_call, own_lines
 
 
@@ -42,12 +42,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupt_in_one_line(what: str) -> Iterator[None]:
-    """A KeyboardInterrupt that leaves the block is one line in a notebook. what: "the ranks have"."""
+def in_one_line(what: str) -> Iterator[None]:
+    """A KeyboardInterrupt that leaves the block, or a limit of the system that is reached, is one line in a
+    notebook. what: "the ranks have"."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"{what} been ended") from None
+    except (OSError, RuntimeError, MemoryError, ImportError) as error:
+        limit = "" if isinstance(error, RankError) else limit_reached(error)
+        if not limit:
+            raise
+        raise TransientError(f"{limit} ({first_line(error)})") from None
 
 
 def exception_error(

@@ -11,7 +11,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from ddp_lib.distributed.addresses import Endpoint, parse_endpoint
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.notebook.cell_output import ranks_text
-from ddp_lib.notebook.errors import interrupt_in_one_line
+from ddp_lib.notebook.errors import in_one_line
 from ddp_lib.notebook.kept_ranks import KeptRanks
 from ddp_lib.notebook.remote import admit
 
@@ -93,7 +93,7 @@ class RanksMagics(Magics):
             ranks.stop()
 
 
-@interrupt_in_one_line("the ranks have")
+@in_one_line("the ranks have")
 def _start(nproc: int, endpoint: Endpoint | None, others: int, timeout_s: float) -> KeptRanks:
     if endpoint is None:
         return KeptRanks(nproc)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from ddp_lib.errors import UserError
-from ddp_lib.notebook.errors import interrupt_in_one_line
+from ddp_lib.errors import UserError, require_seconds
+from ddp_lib.notebook.errors import in_one_line
 
 # Between SIGTERM and SIGKILL; longer than a launcher needs to end its ranks.
 _GRACE_S = 8.0
@@ -33,7 +33,7 @@ class NodeResult:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-@interrupt_in_one_line("the commands have")
+@in_one_line("the commands have")
 def run_nodes(
     command: list[str],
     nnodes: int = 2,
@@ -48,8 +48,9 @@ def run_nodes(
     temporary folder). Commands that still run after `timeout_s` seconds, or at an interrupt, are ended with
     all processes they started. UserError if the command is not found.
     """
-    if nnodes < 1:
-        raise UserError(f"nnodes is {nnodes}: give a number of machines, 1 or more")
+    if not isinstance(nnodes, int) or nnodes < 1:
+        raise UserError(f"nnodes is {nnodes!r}: give a number of machines, 1 or more")
+    require_seconds("timeout_s", timeout_s)
     folder = Path(log_dir) if log_dir is not None else Path(tempfile.mkdtemp(prefix="nodes-"))
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from ddp_lib.errors import UserError, require_seconds
-from ddp_lib.notebook.errors import interrupt_in_one_line
+from ddp_lib.notebook.errors import in_one_line
 from ddp_lib.notebook.rank_pool import RankPool, local_ranks
 from ddp_lib.processes.exit_status import require_working_directory
 from ddp_lib.processes.forkserver import start_server
@@ -24,7 +24,7 @@ PRELOAD = ["ddp_lib.notebook.worker", "ddp_lib.train", "torch._dynamo"]
 FOR_CELLS = ["ddp_lib.notebook.session"]
 
 
-@interrupt_in_one_line("the ranks have")
+@in_one_line("the ranks have")
 def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Runs `fn(*args)` on `nproc` ranks of this machine; returns their results in rank order.
 
@@ -36,8 +36,8 @@ def run_ranks(fn: Callable[..., Any], nproc: int = 2, *args: Any, timeout_s: flo
     Raises RankError, which names the rank, if a rank raises an exception, dies or hangs; UserError if the
     arguments are unusable. No process is left behind, not even after an interrupt.
     """
-    if nproc < 1:
-        raise UserError(f"nproc is {nproc}: give a number of ranks, 1 or more")
+    if not isinstance(nproc, int) or nproc < 1:
+        raise UserError(f"nproc is {nproc!r}: give a number of ranks, 1 or more")
     require_seconds("timeout_s", timeout_s)
     try:
         work = cloudpickle.dumps((fn, args))
