@@ -17,7 +17,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo quick test notebooks lint format lab class site bench bench-full gpu lock clean
+.PHONY: help setup wheels demo quick test notebooks lint format lab class site buttons bench bench-full gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ class: $(INSTALLED) ## write the course for a class to OUT=folder: student/ with
 
 site: $(INSTALLED) ## write the course as a web site to site/
 	@$(BIN)/python -m ddp_lib.course site site
+
+buttons: $(INSTALLED) ## write buttons for Colab, Kaggle, Codespaces, from the address in pyproject.toml
+	@$(BIN)/python -m ddp_lib.course buttons
 
 # Packages that only the benchmarks need are installed into .venv too, but change none of its versions.
 BENCH_SETUP = $(PIP) install --quiet $(FROM) -r benchmarks/requirements.txt

@@ -1,6 +1,7 @@
 """`make setup` from an index of builds for CPUs alone, and without a network; a path with a space.
 
-With packages that are made here: the ordinary torch needs a CUDA library, the one for CPUs does not.
+And the cell that installs the course on other people's machines. With packages that are made here: the
+ordinary torch needs a CUDA library, the one for CPUs does not.
 """
 
 import base64
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from ddp_lib.course.buttons import install_code
 from tests.lab.project import ROOT
 
 pytestmark = pytest.mark.process
@@ -91,14 +93,18 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def make(project: Path, index: str, *words: str) -> None:
+def run(folder: Path, index: str, *words: str) -> str:
+    """What a command prints that takes packages from this index alone."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE"))}
     env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": f"{index}/usual", "PIP_NO_CACHE_DIR": "1"}
     env |= {"PIP_RETRIES": "0", "PYTHONPATH": ""}
-    done = subprocess.run(
-        ["make", f"PYTHON={sys.executable}", *words], cwd=project, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def make(project: Path, index: str, *words: str) -> None:
+    run(project, index, "make", f"PYTHON={sys.executable}", *words)
 
 
 def installed(project: Path) -> set[str]:
@@ -106,6 +112,7 @@ def installed(project: Path) -> set[str]:
     return {package.name.removesuffix(".dist-info") for package in packages}
 
 
+NOWHERE = "http://127.0.0.1:1"
 ALL = {"ddp_lib-1.0.0", "notebook_tool-1", "setuptools-99"}
 
 
@@ -118,7 +125,23 @@ def test_builds_for_cpus_come_without_cuda(project, indexes):
 def test_wheels_install_without_a_network(project, indexes):
     make(project, indexes, "wheels")
     shutil.rmtree(project / ".venv")
-    nowhere = "http://127.0.0.1:1"
     (project / "wheels").rename(project / "wheels of 2026")
-    make(project, nowhere, "setup", "WHEELS=wheels of 2026")
+    make(project, NOWHERE, "setup", "WHEELS=wheels of 2026")
     assert {*ALL, "torch-2.14.1", "cuda_library-13"} <= installed(project)
+
+
+def test_a_notebooks_first_cell_installs_the_course_where_it_is_missing(project, indexes, tmp_path):
+    """As on Colab, in an environment that has only pip; later it does nothing, nor where all is prepared."""
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "--message", "all")):
+        run(project, NOWHERE, *git, *words)
+    run(tmp_path, NOWHERE, sys.executable, "-m", "venv", "bare")
+    python, folder = str(tmp_path / "bare" / "bin" / "python"), tmp_path / "content"
+    folder.mkdir()
+    code = install_code(project.as_uri())
+    shows = f"{code}\nimport ddp_lib, torch\nprint(ddp_lib.__version__, torch.__version__)"
+    assert run(folder, indexes, python, "-c", shows) == "1.0.0 2.14.1\n"
+    assert run(folder, NOWHERE, python, "-c", shows) == "1.0.0 2.14.1\n"
+    assert [path.name for path in folder.iterdir()] == ["course"]
+    assert run(ROOT, NOWHERE, sys.executable, "-c", code) == ""
+    assert not (ROOT / "course").exists()

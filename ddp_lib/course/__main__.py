@@ -1,4 +1,4 @@
-"""python -m ddp_lib.course copy | class | grade: a reader's copy (`make lab`), a class, and its results."""
+"""python -m ddp_lib.course copy | class | site | buttons | grade: what `make` does with the notebooks."""
 
 import sys
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from ddp_lib.cli import parse
+from ddp_lib.course.buttons import write_buttons
 from ddp_lib.course.classroom import write_class
 from ddp_lib.course.copy import copy_course
 from ddp_lib.course.grade import grade, table
@@ -53,6 +54,17 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Buttons:
+    """Writes buttons that open the course elsewhere into README.md and the notebooks.
+
+    From the address `Repository` of [project.urls] in pyproject.toml; without it they are removed.
+    """
+
+    project: Path = Path(".")
+    """folder of the project"""
+
+
+@dataclass(frozen=True)
 class Grade:
     """Says which exercises are right in the notebooks of a class.
 
@@ -80,12 +92,14 @@ def main() -> int:
         elif command == "site":
             site = parse(Site, args, "python -m ddp_lib.course site")
             lines = write_site(site.course, site.out)
+        elif command == "buttons":
+            lines = write_buttons(parse(Buttons, args, "python -m ddp_lib.course buttons").project)
         elif command == "grade":
             grades = parse(Grade, args, "python -m ddp_lib.course grade")
             require_seconds("--timeout-s", grades.timeout_s)
             lines = table(grade(grades.course, grades.folder, grades.timeout_s))
         else:
-            raise UserError(f"{command!r} is no command: use copy, class, site or grade")
+            raise UserError(f"{command!r} is no command: use copy, class, site, buttons or grade")
         print("\n".join(lines))
     except UserError as error:
         print(f"ddp_lib.course: error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 from ddp_lib.errors import UserError
 
 Cell = dict[str, Any]  # of a notebook's file
+PREPARE = "prepare"  # the tag of the cell that `make buttons` writes, which is no cell of the course
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_exercises(notebook: Cell) -> tuple[list[str], list[Exercise]]:
     cells with the tag `exercise-setup`, and of exercises before it, and nothing else.
     """
     cells = notebook["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells if cell["cell_type"] == "code" and PREPARE not in tags(cell)]
     before = [cell for cell in code if cell is code[0] or "exercise-setup" in tags(cell)]
     exercises: list[Exercise] = []
     for cell, after in zip(cells, [*cells[1:], {"source": ""}], strict=True):

@@ -203,6 +203,29 @@ class TestImage:
         finally:
             subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=TIMEOUT_S)
 
+    def test_a_notebook_runs_in_the_devcontainer(self, podman, tmp_path):
+        """In the image that the Dockerfile makes, as the editor starts it: in a clone of the user's own."""
+        config = ROOT / ".devcontainer" / "devcontainer.json"
+        settings = json.loads(config.read_text())
+        build = {name: (config.parent / path).resolve() for name, path in settings["build"].items()}
+        assert build == {"dockerfile": ROOT / "Dockerfile", "context": ROOT}
+        clone = tmp_path / "clone"
+        clone.mkdir()
+        for name in ("notebooks", "ddp_lib"):
+            shutil.copytree(ROOT / name, clone / name)
+        containers.run(["chown", "--recursive", "1000:1000", str(clone)])
+        tmp_path.chmod(0o755)
+        execute = "python -m nbconvert --to notebook --execute --inplace work/00_start_here.ipynb"
+        command = f"{settings['postCreateCommand']} && {execute}"
+        where = ("-v", f"{clone}:/workspaces/course", "-w", "/workspaces/course")
+        shell = ("--user", settings["remoteUser"], "--entrypoint", "/bin/sh")
+        done = run(*where, *shell, IMAGE, "-c", command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        executed = json.loads((clone / "work" / "00_start_here.ipynb").read_text())
+        original = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text())
+        counts, expected = ([c.get("execution_count") for c in n["cells"]] for n in (executed, original))
+        assert counts == expected
+
     def test_compose_trains_and_serves_the_notebooks(self, podman, folder):
         port = free_port()
         (folder / "deploy").mkdir()
