@@ -17,7 +17,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180
 PARALLEL := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels demo quick test notebooks lint format lab class site buttons bench bench-full gpu lock clean
+.PHONY: help setup wheels demo quick versions test notebooks lint format lab class site buttons bench bench-full gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,16 @@ demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs
 
 quick: lint ## lint, and the tests that start no process: less than a minute
 	$(BIN)/python -m pytest -n logical $(PARALLEL) -m "not process"
+
+# Each gets an environment of its own, as large as .venv.
+PYTHONS ?= $(foreach n,11 12 13 14,python3.$(n)) $(wildcard $(HOME)/.pyenv/versions/3.1[1-9].*/bin/python)
+
+versions: ## make quick with every Python from 3.11 that is installed, or those of PYTHONS=
+	@for python in $(PYTHONS); do \
+	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1) || continue; \
+	  case " $$passed " in *" $$version "*) continue;; esac; \
+	  $(MAKE) quick PYTHON="$$python" VENV=".venv-$$version" || exit; passed="$$passed $$version"; done; \
+	  echo "make quick passes with Python:$$passed"
 
 test: lint ## lint, all tests, and all notebooks against their committed outputs
 	$(BIN)/python -m pytest -n auto $(PARALLEL) tests notebooks \
