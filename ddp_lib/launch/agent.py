@@ -242,5 +242,15 @@ class Agent(LocalElasticAgent):
                 os.kill(pid, signal.SIGCONT)
 
     def _wait(self, timeout_s: float) -> None:
-        """Waits until all ranks have ended."""
-        wait_until_true(lambda: not self.running(), time.monotonic() + timeout_s)
+        """Waits until all ranks have ended or returned; a fork that has returned waits for torch's agent."""
+        context = self._pcontext
+
+        def returned(n: int) -> bool:
+            if not isinstance(context, MultiprocessContext):
+                return False
+            return n in context._return_values or not context._ret_vals[n].empty()
+
+        def done() -> bool:
+            return all(code is not None or returned(n) for n, code in self._exit_codes().items())
+
+        wait_until_true(done, time.monotonic() + timeout_s)

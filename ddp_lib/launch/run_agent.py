@@ -99,10 +99,6 @@ def run_agent(ranks: Ranks, nproc: int, launch: Launch, join_timeout_s: float) -
             peers.wait_until_read()
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
-    finally:
-        for number in stop_signals():  # this must not be interrupted
-            signal.signal(number, signal.SIG_IGN)
-        kill_descendants()
 
 
 def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:

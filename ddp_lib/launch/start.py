@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from ddp_lib.launch.options import Launch, count_ranks
 from ddp_lib.launch.ranks import Ranks
 from ddp_lib.processes.exit_status import print_error
 from ddp_lib.processes.forkserver import collect_garbage
-from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants
+from ddp_lib.processes.signals import AGENT, GRACE, StopSignal, kill_descendants, stop_signals
 
 # How much longer than --grace-s the launcher waits for its ranks, which then end by themselves.
 LEAVE_S = 2.0
@@ -48,6 +49,9 @@ def start_agent(launch: Launch, join_timeout_s: float, ranks: Ranks) -> int:
             collect_garbage()
             return run_agent(ranks, nproc, launch, join_timeout_s)
         finally:
+            for number in stop_signals():  # this must not be interrupted
+                signal.signal(number, signal.SIG_IGN)
+            kill_descendants()
             del os.environ[AGENT]
             try:
                 sys.stdout.flush()

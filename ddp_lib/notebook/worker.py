@@ -26,7 +26,7 @@ from ddp_lib.processes.forkserver import (
     collect_garbage,
     restore_start_method,
     set_threads,
-    unblock_sigint,
+    unblock_stop_signals,
 )
 from ddp_lib.processes.signals import kill_descendants
 from ddp_lib.report import live_cell
@@ -147,7 +147,7 @@ def run_rank(
     """
     global link
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's process handles the interrupt
-    unblock_sigint()  # for programs that the function starts
+    unblock_stop_signals()  # for programs that the function starts
     _redirect_output(output)
     os.environ.clear()
     os.environ.update(env)

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ddp_lib.errors import UserError
+from ddp_lib.processes.signals import stop_signals
 from ddp_lib.processes.temporary import temporary_folder
 
 # The server's PYTHONSAFEPATH, which is not meant for the programs that a rank starts.
@@ -50,7 +51,7 @@ def start_server(preload: list[str]) -> None:
     with _environment(OMP_NUM_THREADS="1", PYTHONSAFEPATH=os.environ.get("PYTHONSAFEPATH") or _SERVERS_OWN):
         _make_socket_folder()
         resource_tracker.ensure_running()  # it would unblock Ctrl-C if it started inside
-        with _block_sigint():
+        with _block_stop_signals():
             ensure_running()
 
 
@@ -93,10 +94,11 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def _block_sigint() -> Iterator[None]:
-    """A process started inside does not hear Ctrl-C, which a terminal and Jupyter send to every process:
-    the server would print a traceback if it came while torch loads. This process still gets it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _block_stop_signals() -> Iterator[None]:
+    """A process started inside does not hear Ctrl-C, which a terminal and Jupyter send to every process, nor
+    SIGTERM and SIGHUP, as SLURM, systemd and `timeout` do: the server would print a traceback while torch
+    loads, or end, and nobody would wait until its ranks have saved. This process still gets them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:
@@ -119,12 +121,17 @@ def run_rank(function: str, *args: object) -> None:
     `function` returns. It is named as package.module:function, so that the launcher need not import it."""
     _become_rank()
     module, _, name = function.partition(":")
-    sys.exit(getattr(import_module(module), name)(*args) or 0)  # torch's agent knows no other success
+    status = getattr(import_module(module), name)(*args) or 0  # torch's agent knows no other success
+    agent = multiprocessing.parent_process()
+    if agent and not agent.is_alive():  # torch would wait for it for ever
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _become_rank() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    unblock_sigint()
+    unblock_stop_signals()
     if os.environ.get("PYTHONSAFEPATH") == _SERVERS_OWN:
         del os.environ["PYTHONSAFEPATH"]
     agent = multiprocessing.parent_process()
@@ -176,7 +183,7 @@ def set_threads() -> None:
         torch.set_num_threads(int(threads))
 
 
-def unblock_sigint() -> None:
-    """In the fork: the server has it blocked, see `_block_sigint`."""
+def unblock_stop_signals() -> None:
+    """In the fork: the server has them blocked, see `_block_stop_signals`."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

@@ -35,6 +35,17 @@ with StopSignal() as stop:
     sys.exit(128 + stop.requested)
 """
 
+# Has just done its work, as in a training's last test.
+DONE = """
+with StopSignal() as stop:
+    stop.deferred = True
+    note("pid", str(os.getpid()))
+    while not stop.requested:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    note("left", str(stop.requested))
+"""
+
 DEAF = """
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: note("heard"))
@@ -52,6 +63,20 @@ def test_a_signal_reaches_the_ranks_and_they_leave_in_order(no_nohup, start, tmp
     status, _, err = end(process)
     assert (status, err) == (128 + number, [])
     assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+    assert all_gone(both)
+
+
+@pytest.mark.ranks
+def test_all_processes_get_it_and_the_ranks_finish(start, tmp_path):
+    """As SLURM, systemd and `timeout` stop a job: the fork server gets the signal too."""
+    process = start(DONE, "--nproc-per-node=2")
+    both = ranks(tmp_path)
+    for each in psutil.Process(process.pid).children(recursive=True):
+        each.terminate()
+    process.terminate()
+    _, err = process.communicate(timeout=15)  # half of --grace-s
+    assert (process.returncode, err) == (143, "")
+    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == ["15", "15"]
     assert all_gone(both)
 
 
@@ -139,7 +164,7 @@ def test_a_stop_in_a_step_of_6_s_leaves_a_checkpoint_of_that_step(
 
 @pytest.mark.ranks
 def test_no_rank_outlives_a_killed_agent(start, tmp_path):
-    process = start(LEAVES, "--nproc-per-node=2")
+    process = start(DONE, "--nproc-per-node=2")
     both = ranks(tmp_path)
     process.kill()
     assert all_gone(both)
