@@ -142,7 +142,8 @@ def _become_rank() -> None:
         ).start()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
-            stream.reconfigure(line_buffering=True)  # whole lines: ranks share the pipe
+            # Whole lines, also with `python -u`: ranks share the pipe.
+            stream.reconfigure(line_buffering=True, write_through=False)
     faulthandler.enable()  # a death by SIGSEGV or SIGABRT leaves its stacks
     set_threads()
     restore_start_method()
