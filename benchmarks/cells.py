@@ -4,12 +4,13 @@ python benchmarks/cells.py [--rounds 20]
 
 All cells run in one Jupyter kernel; each all-reduces one number over 2 ranks. Seconds are counted from the
 request to execute the cell until the kernel is idle again. A round runs each way's cell once, so that a
-moment in which the machine is busy affects all alike. ipyparallel is measured if it is installed: pip install
-ipyparallel.
+moment in which the machine is busy affects all alike. ipyparallel is measured if it is installed, as by
+`make bench`.
 """
 
 import argparse
 import importlib.util
+import os
 import statistics
 import time
 from typing import Any
@@ -97,7 +98,8 @@ def main() -> None:
         "Cells on ranks that stay",
         "Seconds from a cell's request until the kernel is idle again; the cell all-reduces one number over "
         "2 ranks. One kernel, the ways by turns."
-        + ("" if medians[2:] else " ipyparallel was not installed, so its `%%px` is missing."),
+        + ("" if medians[2:] else " ipyparallel was not installed, so its `%%px` is missing.")
+        + f" The computer's load average was {os.getloadavg()[0]:.0f}.",
         [{"name": name, "unit": "s", "runs": seconds} for name, seconds in runs.items()],
         [f"{finding} (medians)."],
     )
