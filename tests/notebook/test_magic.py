@@ -10,7 +10,6 @@ from tests.lab.processes import all_gone
 
 pytestmark = pytest.mark.ranks
 
-START = "%load_ext ddp_lib\n%ranks 2"
 NEW = "ranks 0-1: new; names that are gone: "
 BARRIER = """
 %%ranks
@@ -23,11 +22,23 @@ else:
 """
 
 
-@pytest.fixture
-def notebook(tmp_path):
-    with kernel(tmp_path) as started:
-        assert started.run(START).text == "ranks 0-1: ready\n"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One kernel, since its start takes longer than a test; new ranks take 0.2 s."""
+    with kernel(tmp_path_factory.mktemp("kernel")) as started:
+        started.run("%load_ext ddp_lib")
         yield started
+
+
+@pytest.fixture
+def notebook(shared):
+    assert shared.run("%ranks 2").text == "ranks 0-1: ready\n"
+    return shared
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """The kernel stays until the last test, which looks for what is left."""
 
 
 def usable(notebook: Kernel) -> bool:
@@ -39,11 +50,11 @@ def usable(notebook: Kernel) -> bool:
 def test_names_stay_and_values_text_and_pictures_come_back(notebook):
     assert usable(notebook)
     assert notebook.run("%%ranks\nmine = [rank]").result == ""
-    for _ in range(20):  # many cells in a row
+    for _ in range(30):  # many cells in a row
         notebook.run("%%ranks\nmine.append(mine[-1] + 1)")
-    assert notebook.run("%%ranks\nmine[-1]").result == "[20, 21]"
-    assert notebook.run("_[1] + 1").result == "22"
-    assert notebook.run("%%ranks 1\nlen(mine), rank, world_size").result == "[(21, 1, 2)]"
+    assert notebook.run("%%ranks\nmine[-1]").result == "[30, 31]"
+    assert notebook.run("_[1] + 1").result == "32"
+    assert notebook.run("%%ranks 1\nlen(mine), rank, world_size").result == "[(31, 1, 2)]"
     shown = notebook.run('%%ranks\nprint("all")\nprint("own", rank)\nprint("end")\nrank;')
     assert (shown.text, shown.result) == (
         "[ranks 0-1] all\n[rank 0] own 0\n[rank 1] own 1\n[ranks 0-1] end\n",
@@ -90,9 +101,9 @@ def test_a_cell_that_goes_wrong_says_where_and_what_is_lost(notebook):
     )
     assert usable(notebook) and notebook.run("%%ranks\nkept").result == "[5, 5]"
 
-    shown = notebook.run(BARRIER.replace("%%ranks", "%%ranks --timeout-s 3"))
+    shown = notebook.run(BARRIER.replace("%%ranks", "%%ranks --timeout-s 2"))
     assert shown.text == "[ranks 0-1] waiting\n"
-    assert shown.error.startswith("RankError: still running after 3 s\nrank 0 is in barrier\n  line 5")
+    assert shown.error.startswith("RankError: still running after 2 s\nrank 0 is in barrier\n  line 5")
     assert "rank 1 runs its own code\n  line 7 in <module>: while True: pass" in shown.error
     assert shown.error.endswith(NEW + "dist, f, kept, torch, x")
     assert usable(notebook)
@@ -141,13 +152,18 @@ def test_the_interrupt_comes_back_and_input_is_served_or_refused(notebook):
     assert "find nobody to ask here: run the cell in JupyterLab" in notebook.run(code).error
 
 
-@pytest.mark.parametrize("how", ["shutdown", "SIGKILL"])
-def test_the_kernels_end_leaves_no_process(notebook, how):
-    notebook.run('%%ranks\nimport subprocess\nchild = subprocess.Popen(["sleep", "600"])')
-    before = notebook.family()
-    assert len(before) >= 7  # the fork server, the store's host, two ranks with a child each
-    if how == "shutdown":  # which is also the first half of a restart
-        notebook.manager.shutdown_kernel()  # asks, waits for some seconds, and kills
-    else:
-        os.kill(before[0].pid, signal.SIGKILL)
+def test_a_restart_and_the_kernels_death_leave_no_process(notebook):
+    def family():
+        notebook.run('%%ranks\nimport subprocess\nchild = subprocess.Popen(["sleep", "600"])')
+        processes = notebook.family()
+        assert len(processes) >= 7  # the fork server, the store's host, two ranks with a child each
+        return processes
+
+    before = family()
+    notebook.manager.restart_kernel()  # asks, waits for some seconds, and kills
+    assert all_gone(before)
+    notebook.connect()
+    assert notebook.run("%load_ext ddp_lib\n%ranks 2").text == "ranks 0-1: ready\n"
+    before = family()
+    os.kill(before[0].pid, signal.SIGKILL)
     assert all_gone(before)
