@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -176,20 +177,21 @@ def _decode_all(
     arrays: list[np.ndarray] = []
     broken: dict[str, str] = {}
     resized = 0
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        for paths, labels in (zip(*split, strict=True) for split in files.values()):
-            images = []
-            for path, image in zip(paths, pool.map(partial(_decode, side=side), paths), strict=True):
-                if isinstance(image, str):
-                    broken[str(path)] = image
-                else:
-                    images.append(image[0])
-                    resized += image[1]
-            if not broken:
-                arrays += [np.stack(images), np.array(labels, dtype=np.int64)]
-    finally:
-        pool.shutdown(cancel_futures=True)  # or after a signal all other images would be decoded first
+    with warnings.catch_warnings(action="ignore"):  # of Pillow: of odd images that it can read
+        pool = ThreadPoolExecutor(usable_cores())
+        try:
+            for paths, labels in (zip(*split, strict=True) for split in files.values()):
+                images = []
+                for path, image in zip(paths, pool.map(partial(_decode, side=side), paths), strict=True):
+                    if isinstance(image, str):
+                        broken[str(path)] = image
+                    else:
+                        images.append(image[0])
+                        resized += image[1]
+                if not broken:
+                    arrays += [np.stack(images), np.array(labels, dtype=np.int64)]
+        finally:
+            pool.shutdown(cancel_futures=True)  # or after a signal all other images would be decoded first
     if broken:
         raise _unreadable(broken)
     if resized:

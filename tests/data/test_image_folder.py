@@ -172,6 +172,14 @@ def test_folder_takes_any_mode_and_size(
     assert all(" 1 " in line for line in resized)
 
 
+def test_what_pillow_can_read_it_reads_without_a_warning(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 - 1)  # it warns of more, and refuses twice as many
+    load_dataset(str(folder), tmp_path / "data", log=quiet)
+    assert not recwarn.list
+
+
 def test_folder_turns_photographs_upright(tmp_path: Path, folder: Path) -> None:
     image = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 32, axis=1))
     exif = Image.Exif()
