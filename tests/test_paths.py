@@ -1,11 +1,14 @@
 """Paths and names as people have them: in the home folder, long, in other alphabets, of another kind."""
 
+import errno
 import io
+import os
 import sys
 import tempfile
 from multiprocessing import connection, process
 from pathlib import Path
 from socket import AF_UNIX, socket
+from unittest.mock import Mock
 
 import pytest
 
@@ -44,6 +47,27 @@ def test_sockets_fit_where_tmpdir_is_long(tmp_path, monkeypatch):
     with socket(AF_UNIX) as listener:
         listener.bind(connection.arbitrary_address("AF_UNIX"))
     assert (tempfile.gettempdir(), [*long.rglob("pymp-*")]) == (str(long), [])
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "says"),
+    [
+        (errno.EFBIG, 75, "ulimit -f"),
+        (errno.ENOSPC, 75, "free it, or set TMPDIR"),
+        (errno.EACCES, 2, "set TMPDIR"),
+    ],
+)
+def test_why_there_is_no_place_for_temporary_files_is_said(monkeypatch, number, status, says):
+    """Python itself says only that it has found none."""
+    refused = Mock(side_effect=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError(2, "No usable directory")))
+    monkeypatch.setattr(process.current_process(), "_config", {})
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "/a")
+    with pytest.raises(UserError, match=rf"cannot make a folder in /a: .*{says}") as error:
+        _make_socket_folder()
+    assert error.value.status == status
 
 
 @pytest.mark.parametrize(

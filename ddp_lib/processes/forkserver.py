@@ -4,6 +4,7 @@ Used by run_ranks and by ddp-launch. Importing torch takes each process seconds 
 fork shares the memory and takes a tenth of a second.
 """
 
+import errno
 import faulthandler
 import gc
 import io
@@ -21,7 +22,7 @@ from multiprocessing.util import get_temp_dir
 from types import ModuleType
 from typing import Any
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError, UserError, limit_reached
 from ddp_lib.processes.signals import stop_signals
 from ddp_lib.processes.temporary import temporary_folder
 
@@ -70,12 +71,23 @@ def _make_socket_folder() -> None:
         tempfile.tempdir = "/tmp" if long and os.path.isdir("/tmp") else own
         get_temp_dir()  # made once per process
     except OSError as error:
-        where = "in " + tempfile.tempdir if tempfile.tempdir else "for temporary files"
-        raise UserError(
-            f"cannot make a folder {where} ({error.strerror}): set TMPDIR to a short path that can be written"
-        ) from None
+        raise _no_folder(error) from None
     finally:
         tempfile.tempdir = old
+
+
+def _no_folder(error: OSError) -> UserError:
+    """Why there is none. Python may have tried several places, and then says only that none can be used."""
+    where = tempfile.tempdir or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        with tempfile.TemporaryFile(dir=where) as file:
+            file.write(b"x")
+    except OSError as why:
+        error = why
+    limit, full = limit_reached(error), error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cure = f"{'free it, or ' if full else ''}set TMPDIR to a short path that can be written"
+    kind = TransientError if limit or full else UserError
+    return kind(f"cannot make a folder in {where}: {limit or f'{error.strerror}: {cure}'}")
 
 
 @contextmanager
