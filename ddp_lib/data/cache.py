@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ddp_lib.processes.file_lock import file_lock
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
+# A folder that nobody has written to for so long was left by a process that was killed.
+_KILLED_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,10 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
     """Writes the cache under a temporary name, then renames it, so that nobody reads half a cache. Returns
     the metadata."""
     prefix = f".{cache.name}."
-    for unfinished in cache.parent.glob(f"{prefix}*"):  # left by a process that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for unfinished in cache.parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # where there are no locks, another process may be at work on it
+            if time.time() - unfinished.stat().st_mtime > _KILLED_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
     with TemporaryDirectory(prefix=prefix, dir=cache.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         folder.chmod(0o755)  # mkdtemp's 0700 would hide it from another user's job
@@ -132,6 +137,8 @@ def write_cache(cache: Path, made_from: str, raw: RawDataset) -> dict[str, Any]:
             "files": _stamps(folder),
         }
         _write_meta(folder, meta)
+        if meanwhile := find_cache(cache, made_from):
+            return meanwhile
         shutil.rmtree(cache, ignore_errors=True)  # damaged, or made from a source that has changed
         os.replace(folder, cache)
     return meta

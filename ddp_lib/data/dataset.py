@@ -1,5 +1,6 @@
 """Data sets as uint8 tensors, shared by a machine's ranks."""
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from ddp_lib.data import shapes
 from ddp_lib.data.cache import ARRAYS, RawDataset, cache_lock, find_cache, write_cache
 from ddp_lib.data.cifar10 import cifar10
 from ddp_lib.data.image_folder import find_images
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError, UserError
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def load_dataset(
         # "c" is copy on write: all processes share the pages, and torch does not warn of a read-only array.
         arrays = [torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c")) for name in ARRAYS]
     except OSError as error:
-        raise UserError(
+        kind = TransientError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(
             f"cannot keep the data set in {cache} ({error.strerror or error}): free or unlock the disk, or "
             "give another --data-dir"
         ) from None

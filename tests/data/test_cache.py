@@ -1,5 +1,6 @@
 """A decoded data set is kept, checked, and shared by the ranks of a machine."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,14 +8,18 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import filelock
+import numpy as np
 import pytest
 import torch
 
-from ddp_lib.data import shapes
+from ddp_lib.data import cache as caches
+from ddp_lib.data import dataset, shapes
 from ddp_lib.data.dataset import load_dataset
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError, UserError
 from tests.lab.datasets import quiet, refusal
 
 
@@ -103,7 +108,8 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
             meta = json.loads((cache / "meta.json").read_text())
             (cache / "meta.json").write_text(json.dumps(meta | {"made_from": "shapes version 0"}))
         case "half":
-            cache.rename(tmp_path / "cache" / ".shapes.abcdefgh")  # what a killed maker leaves
+            left = cache.rename(tmp_path / "cache" / ".shapes.abcdefgh")  # by a maker that was killed
+            os.utime(left, (0, 0))
     if victim.exists():
         os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = load_dataset("shapes", tmp_path, log=quiet)
@@ -145,6 +151,32 @@ def test_an_unusable_data_dir_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refusal("shapes", tmp_path / "file" / "data")
     assert str(tmp_path / "file" / "data") in line and "--data-dir" in line
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_a_full_disk_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(dataset, "write_cache", full)
+    with pytest.raises(TransientError, match="No space left on device"):
+        load_dataset("shapes", tmp_path, log=quiet)
+
+
+def test_two_that_make_it_at_once_without_locks_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, label = np.zeros((1, 8, 8, 3), dtype=np.uint8), np.zeros(1, dtype=np.int64)
+    raw, path = caches.RawDataset(("a", "b"), image, label, image, label), tmp_path / "a"
+    write_meta, others = caches._write_meta, []
+
+    def write_meanwhile(folder: Path, meta: dict[str, Any]) -> None:
+        write_meta(folder, meta)
+        if not others:
+            others.append("begun")
+            others.append(caches.write_cache(path, "it", raw))
+
+    monkeypatch.setattr(caches, "_write_meta", write_meanwhile)
+    mine = caches.write_cache(path, "it", raw)
+    assert mine["digest"] == others[1]["digest"] and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.process
