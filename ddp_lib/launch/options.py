@@ -118,6 +118,10 @@ class Launch:
     local: tuple[int, int] | None = None  # local rank and number of local ranks, if variables give them
     hint: str = ""  # ends a message about machines that do not come
 
+    def __post_init__(self) -> None:
+        # torch's store takes no bytes that are no UTF-8, as of a folder that is named in Latin-1.
+        object.__setattr__(self, "job", self.job.encode(errors="backslashreplace").decode())
+
     @property
     def nodes_text(self) -> str:
         low, high = self.nodes

@@ -103,6 +103,11 @@ def test_pet_variables_stand_behind_flags():
         read_launch(LaunchOptions(), {**pet, "PET_NODE_RANK": "4"})
 
 
+def test_a_job_has_a_name_that_torchs_store_takes():
+    latin = b"M\xfcnchen".decode(errors="surrogateescape")  # as Python reads a folder's name
+    assert read_launch(LaunchOptions(), {}, job=latin).job == r"M\udcfcnchen"
+
+
 def test_a_switch_is_not_called_repeatable(capsys):
     with pytest.raises(SystemExit):
         launch.train(["--help"])
