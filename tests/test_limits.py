@@ -73,6 +73,21 @@ def test_ulimit_f_is_named_with_the_file(tmp_path):
         raise MET["file size"][0]
 
 
+def test_a_path_below_a_file_is_no_full_disk(tmp_path):
+    with pytest.raises(UserError) as wrong, name_disk_errors(tmp_path / "log", "kept"):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    assert wrong.value.status == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_standard_error_on_a_full_disk_leaves_the_exit_status(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with as_exit_status() as outcome:
+            raise UserError("nobody can read this")
+    assert outcome.status == 2
+
+
 def test_a_folder_that_refuses_fsync_keeps_the_file(tmp_path, monkeypatch):
     fsync = os.fsync
 

@@ -45,7 +45,10 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
 def print_error(line: str) -> None:
     """All failures are printed here, each in one line whatever a path or a value in it holds."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"ddp-launch: error: {shown}", file=sys.stderr, flush=True)
+    try:
+        print(f"ddp-launch: error: {shown}", file=sys.stderr, flush=True)
+    except OSError:  # the disk that it is on is full: the exit status still says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @dataclass

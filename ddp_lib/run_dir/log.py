@@ -43,7 +43,8 @@ def name_disk_errors(path: Path, kept: str) -> Iterator[None]:
     except OSError as error:
         if limit := limit_reached(error):
             raise TransientError(f"cannot write {path}: {limit}, and start again; {kept}") from None
-        kind = UserError if isinstance(error, PermissionError) else TransientError
+        wrong = isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError))
+        kind = UserError if wrong else TransientError
         raise kind(
             f"cannot write {path} ({error.strerror}): free or unlock the disk and start again; {kept}"
         ) from None
