@@ -215,14 +215,14 @@ class TestImage:
             shutil.copytree(ROOT / name, clone / name)
         containers.run(["chown", "--recursive", "1000:1000", str(clone)])
         tmp_path.chmod(0o755)
-        execute = "python -m nbconvert --to notebook --execute --inplace work/00_start_here.ipynb"
+        execute = "python -m nbconvert --to notebook --execute --inplace work/02_samplers.ipynb"
         command = f"{settings['postCreateCommand']} && {execute}"
         where = ("-v", f"{clone}:/workspaces/course", "-w", "/workspaces/course")
         shell = ("--user", settings["remoteUser"], "--entrypoint", "/bin/sh")
         done = run(*where, *shell, IMAGE, "-c", command)
         assert done.returncode == 0, done.stdout + done.stderr
-        executed = json.loads((clone / "work" / "00_start_here.ipynb").read_text())
-        original = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text())
+        executed = json.loads((clone / "work" / "02_samplers.ipynb").read_text())
+        original = json.loads((ROOT / "notebooks" / "02_samplers.ipynb").read_text())
         counts, expected = ([c.get("execution_count") for c in n["cells"]] for n in (executed, original))
         assert counts == expected
 
