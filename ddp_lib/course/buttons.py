@@ -42,6 +42,8 @@ def write_buttons(project: Path) -> list[str]:
                 "https://github.com/OWNER/NAME only; name that, or remove the line"
             )
         notebooks = sorted((project / "notebooks").glob("*.ipynb"))
+        if not notebooks:
+            raise UserError(f"{project / 'notebooks'} holds no notebooks: give the folder of the project")
         readme = project / "README.md"
         texts = {readme: _with_line(readme.read_text(encoding="utf-8"), address, notebooks[0].name)}
         for path in notebooks:
@@ -50,7 +52,7 @@ def write_buttons(project: Path) -> list[str]:
         changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
         for path in changed:
             path.write_text(texts[path], encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot write the buttons of {project}: {error}") from error
     return [f"{len(changed)} files changed; buttons: {address or 'none, pyproject.toml names no Repository'}"]
 

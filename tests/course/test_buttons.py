@@ -67,7 +67,12 @@ def test_buttons_and_first_cell_come_with_an_address_and_go_without(project):
     assert pages(project) == bare
 
 
-def test_an_address_that_no_button_opens_is_named(project):
+def test_what_cannot_be_written_is_named(project):
     name_repository(project, "https://example.org/course")
     with pytest.raises(UserError, match=r"'https://example\.org/course': Colab"):
         write_buttons(project)
+    (project / "pyproject.toml").write_text("[project")
+    with pytest.raises(UserError, match=r"cannot write the buttons of .*: Expected"):
+        write_buttons(project)
+    with pytest.raises(UserError, match=r"cannot write the buttons of .*pyproject\.toml"):
+        write_buttons(project / "notebooks")
