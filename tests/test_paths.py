@@ -18,7 +18,9 @@ from ddp_lib.cli import parse
 from ddp_lib.data.image_folder import find_images
 from ddp_lib.launch.main import PlotOptions, main
 from ddp_lib.processes.exit_status import as_exit_status
+from ddp_lib.processes import forkserver
 from ddp_lib.processes.forkserver import _make_socket_folder
+from ddp_lib.processes.temporary import temporary_folder
 from ddp_lib.report.plots import plot_run
 from ddp_lib.run_dir.log import RunLog
 from tests.lab.images import write_images
@@ -64,6 +66,7 @@ def test_why_there_is_no_place_for_temporary_files_is_said(monkeypatch, number, 
     monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError(2, "No usable directory")))
     monkeypatch.setattr(process.current_process(), "_config", {})
     monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(forkserver, "temporary_folder", temporary_folder.__wrapped__)  # not made before
     monkeypatch.setenv("TMPDIR", "/a")
     with pytest.raises(UserError, match=rf"cannot make a folder in /a: .*{says}") as error:
         _make_socket_folder()
