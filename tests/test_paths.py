@@ -17,8 +17,8 @@ from ddp_lib import TrainConfig, UserError
 from ddp_lib.cli import parse
 from ddp_lib.data.image_folder import find_images
 from ddp_lib.launch.main import PlotOptions, main
-from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes import forkserver
+from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.forkserver import _make_socket_folder
 from ddp_lib.processes.temporary import temporary_folder
 from ddp_lib.report.plots import plot_run
