@@ -20,6 +20,7 @@ RECORDER = ROOT / "tests" / "lab" / "record_devices.py"
 ON_GPUS = {
     ("01_process_groups", "on_own_device"): 2,
     ("01_process_groups", "join_by_library"): 4,
+    ("01_process_groups", "%ranks 4"): 4,
     ("04_training_run", "on_its_device"): 2,
 }
 

@@ -5,6 +5,8 @@ no processes, but call the function (or the script) of each rank here, once for 
 moment when it joins: its choice is noted, and it goes no further. So nothing comes back from the ranks, and
 what a statement does with it is passed over.
 
+The ranks of `%ranks` have chosen when they join: their cells (`%%ranks`) are passed over.
+
 Prints one line of JSON per launch: notebook, cell, what was launched, and for each number of GPUs the
 [backend, device] of every rank that joins. Ends with status 1 if a cell that launches ranks was not reached.
 """
@@ -46,7 +48,7 @@ from ddp_lib.errors import UserError
 from ddp_lib.notebook import hang_lab
 
 GPUS = (1, 2, 4)
-LAUNCHERS = ("run_ranks", "run_nodes", "hang_lab")
+LAUNCHERS = ("run_ranks", "run_nodes", "hang_lab", "kept_ranks")
 # A function that joins no group may compute for long.
 LONGEST_S = 0.5
 
@@ -97,6 +99,10 @@ class Recorder:
         name = args[0].__name__ if fn.__name__ == "in_group" else fn.__name__  # hang_lab's
         self.launch(name, [(rank_env(r, nproc, r, nproc), partial(fn, *args)) for r in range(nproc)])
         return [Nothing() for _ in range(nproc)]
+
+    def kept_ranks(self, nproc: int) -> None:
+        """`%ranks nproc`"""
+        self.launch(f"%ranks {nproc}", [(rank_env(r, nproc, r, nproc), World.join) for r in range(nproc)])
 
     def run_nodes(
         self, command: list[str], nnodes: int = 2, env: dict[str, str] | None = None, **_: object
@@ -276,12 +282,20 @@ def launch_the_rest(statement: ast.stmt, file: str, names: dict[str, Any]) -> No
                 eval(compile(ast.Expression(node), file, "eval"), names)
 
 
+def without_magics(source: str) -> str:
+    if source.startswith("%%ranks"):
+        return ""
+    source = re.sub(r"^%ranks (\d+).*$", r"kept_ranks(\1)", source, flags=re.M)
+    return re.sub(r"^%.*$", "", source, flags=re.M)
+
+
 def record(path: Path, recorder: Recorder) -> set[int]:
     """Executes a notebook; returns the cells that should have launched ranks and did not."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    sources = [re.sub(r"^%.*$", "", "".join(cell["source"]), flags=re.M) for cell in cells]
+    sources = [without_magics("".join(cell["source"])) for cell in cells]
     trees = [ast.parse(source) for source in sources]
     names: dict[str, Any] = {"__name__": "__main__", "display": lambda *args: None}
+    names["kept_ranks"] = recorder.kept_ranks
     recorder.launches.clear()
     for number, (source, tree) in enumerate(zip(sources, trees, strict=True)):
         recorder.where, file = {"notebook": path.stem, "cell": number + 1}, f"{path.stem} cell {number + 1}"
