@@ -21,6 +21,7 @@ ON_GPUS = {
     ("01_process_groups", "on_own_device"): 2,
     ("01_process_groups", "join_by_library"): 4,
     ("01_process_groups", "%ranks 4"): 4,
+    ("03_ddp_wrapping", "%ranks 2"): 2,
     ("04_training_run", "on_its_device"): 2,
 }
 
