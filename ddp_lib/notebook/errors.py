@@ -1,8 +1,9 @@
 """RankError: what went wrong, on which rank, and in which lines of the reader's code."""
 
+import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from traceback import FrameSummary
 
@@ -13,14 +14,22 @@ from ddp_lib.processes.stacks import library_call, own_lines
 class RankError(RuntimeError):
     """A rank failed, died or hung. `rank` is its number; the text is the same in every run.
 
+    `lines`: those of the reader's own code that an exception came through; `text` is without them.
     `consequence`: this rank failed only because another rank was gone. `time`: when it failed, in seconds
     since the epoch.
     """
 
-    def __init__(self, rank: int, text: str, consequence: bool = False, failed_at: float = 0.0) -> None:
-        super().__init__(text)
-        self.rank = rank
-        self.text_without_rank = text.removeprefix(f"rank {rank}")
+    def __init__(
+        self,
+        rank: int,
+        text: str,
+        consequence: bool = False,
+        failed_at: float = 0.0,
+        lines: Sequence[str] = (),
+    ) -> None:
+        super().__init__("\n".join([text, *(f"  {line}" for line in lines)]))
+        self.rank, self.text, self.lines = rank, text, lines
+        self.text_without_rank = re.sub(rf"\brank {rank}\b", "rank", str(self))  # torch names it, too
         self.consequence = consequence
         self.time = failed_at or time.time()
 
@@ -60,9 +69,9 @@ def exception_error(
     rank: int, kind: str, text: str, frames: list[FrameSummary], failed_at: float
 ) -> RankError:
     """The error for a rank whose function raised an exception of the type `kind` with this text."""
-    lines = [f"rank {rank}: {kind}: {text}".rstrip(": "), *(f"  {line}" for line in own_lines(frames))]
     peer_gone = any(sign in text for sign in PEER_GONE)
-    return RankError(rank, "\n".join(lines), peer_gone, failed_at)
+    line = f"rank {rank}: {kind}: {text}".rstrip(": ")
+    return RankError(rank, line, peer_gone, failed_at, own_lines(frames))
 
 
 def death_error(rank: int, exit_code: int | None, last_line: str) -> RankError:

@@ -61,7 +61,7 @@ def wait_for_all(world: World, timeout_s: float = 30.0) -> None:
 
 def readable(text: str) -> str:
     """An error's message without what differs from run to run and from build to build: addresses, C++ file
-    names, and whether the system says that a connection was closed or reset."""
+    names, and whether the system says that a connection was closed, reset or broken."""
     text = re.sub(r"\[/\S+:\d+\] ?", "", text).partition("\n Original exception")[0]
     text = re.sub(r", TensorDtypes=.*?\)\)\)", ")", text).partition(".Collectives differ")[0]
-    return re.sub(r".*Connection (closed|reset) by peer.*", "Connection closed by peer", text)
+    return re.sub(r".*(Connection (closed|reset) by peer|Broken pipe).*", "Connection closed by peer", text)

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -151,6 +152,7 @@ def run_rank(
     _redirect_output(output)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # the server's: TMPDIR may be another one now
     os.chdir(folder)
     import torch.distributed as dist
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lib import RankError, UserError, run_ranks
+from ddp_lib.notebook.rank_pool import root_cause
 from tests.lab.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.ranks
@@ -32,6 +33,13 @@ def test_an_exception_names_the_rank_and_the_own_line():
     first, *lines = str(caught.value).splitlines()
     assert first == "rank 1: ValueError: on purpose"
     assert len(lines) == 1 and 'raise ValueError("on purpose")' in lines[0]
+
+
+@pytest.mark.parametrize("text", ["rank {}: bad", "rank {}: no gradients for rank {}"])
+def test_of_equal_errors_that_of_the_lowest_rank_counts(text):
+    errors = [RankError(rank, text.format(rank, rank), failed_at=5.0 - rank) for rank in (0, 1, 2)]
+    assert root_cause(errors) is errors[0]
+    assert root_cause([*errors, RankError(3, "rank 3: other", failed_at=1.0)]).rank == 3
 
 
 def mismatched() -> None:
