@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 import psutil
 
-from ddp_lib.errors import UserError
+from ddp_lib.errors import TransientError, UserError
 from ddp_lib.notebook.errors import RankError, death_error, exception_error, hang_error
 from ddp_lib.notebook.worker import Place, host_store, run_rank
 from ddp_lib.processes.exit_status import first_cause
@@ -26,6 +26,12 @@ GRACE_S = 1.0
 _NOBODY = (
     "input() and breakpoint() find nobody to ask here: run the cell in JupyterLab, or print what you "
     "want to see"
+)
+
+
+_SERVER_GONE = (
+    "the process that starts the ranks, or that hosts their store, has ended: start fewer ranks, if memory "
+    "is short"
 )
 
 
@@ -162,9 +168,12 @@ class RankPool:
         self.request, self.view = request, LiveCell()
 
     def start(self) -> None:
-        with no_main_module():
-            for child in (self.store_host, *self.ranks):
-                child.start()
+        try:
+            with no_main_module():
+                for child in (self.store_host, *self.ranks):
+                    child.start()
+        except EOFError:
+            raise TransientError(_SERVER_GONE) from None
 
     def run(self, timeout_s: float) -> list[Any]:
         """What each rank's function returned, in rank order; meanwhile prints the ranks' output.
@@ -210,9 +219,7 @@ class RankPool:
         try:
             port = self.store_host.connection.recv()
         except EOFError:
-            raise UserError(
-                "the process that hosts the ranks' store has ended: start fewer ranks, if memory is short"
-            ) from None
+            raise TransientError(_SERVER_GONE) from None
         if isinstance(port, UserError):
             raise port
         for rank in self.ranks:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -104,3 +105,12 @@ def unsendable():
 def test_a_result_that_cannot_be_sent():
     with pytest.raises(RankError, match="rank 0: TypeError: what the function returned"):
         run_ranks(unsendable, 1, timeout_s=TIMEOUT_S)
+
+
+def closes_its_output() -> int:
+    sys.stdout.close()
+    return 1
+
+
+def test_a_function_may_close_its_output():
+    assert run_ranks(closes_its_output, 1, timeout_s=TIMEOUT_S) == [1]
