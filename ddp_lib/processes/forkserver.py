@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from ddp_lib.errors import TransientError, UserError, limit_reached
+from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.signals import stop_signals
 from ddp_lib.processes.temporary import temporary_folder
 
@@ -131,14 +132,15 @@ def no_main_module() -> Iterator[None]:
 def run_rank(function: str, *args: object) -> None:
     """Makes this fork a rank, with signals, output and threads as torchrun's; its exit status is what
     `function` returns. It is named as package.module:function, so that the launcher need not import it."""
-    _become_rank()
-    module, _, name = function.partition(":")
-    status = getattr(import_module(module), name)(*args) or 0  # torch's agent knows no other success
+    with as_exit_status() as outcome:  # torch would keep an exception in a file of its own
+        _become_rank()
+        module, _, name = function.partition(":")
+        outcome.status = getattr(import_module(module), name)(*args) or 0
     agent = multiprocessing.parent_process()
     if agent and not agent.is_alive():  # torch would wait for it for ever
         sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+        os._exit(outcome.status)
+    sys.exit(outcome.status)  # torch's agent knows no other success than 0
 
 
 def _become_rank() -> None:
