@@ -49,6 +49,8 @@ def read_exercise(number: int, source: str, after: str) -> Exercise:
     if not call or int(call[2]) != number:
         raise UserError(f"exercise {number} does not end in check_{number}(your_function)")
     check, _, function = call.groups()
+    if f"@exercise\ndef {check}(" not in source:
+        raise UserError(f"{check} does not have the decorator @exercise")
     if "# your code" not in source:
         raise UserError(f"exercise {number} does not say where to write: # your code")
     folded = r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```\n+</details>"

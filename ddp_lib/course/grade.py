@@ -17,7 +17,7 @@ from ddp_lib.course.exercises import Exercise, read_exercises, tags, text
 from ddp_lib.errors import UserError
 
 # What a kernel gets of this process's environment.
-_KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT")
+_KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT")
 UNTOUCHED, RIGHT = "untouched", "right"
 
 

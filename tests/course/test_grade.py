@@ -17,8 +17,9 @@ def answer_{n}():
     return 0  # your code
 
 
+@exercise
 def check_{n}(answer):
-    print("{n}: right" if answer() == {n} else "{n}: not yet: too small")
+    return answer() == {n} or "too small"
 
 
 check_{n}(answer_{n})
@@ -35,7 +36,7 @@ NAME = "00_first.ipynb"
 
 def write(path: Path, *answers: str) -> None:
     """A notebook with two exercises, as they are or with these cells."""
-    cells = [make_cell(1, "one = 1")]
+    cells = [make_cell(1, "from ddp_lib.course.cells import exercise\none = 1")]
     for n in (1, 2):
         text = answers[n - 1] if answers and answers[n - 1] else EXERCISE.format(n=n)
         cells.append(make_cell(n + 1, text, tags=["exercise"]))
@@ -79,7 +80,7 @@ def test_every_reader_gets_a_grade(tmp_path, monkeypatch):
         ("hang", 1): "not done within 10 s",
         ("hang", 2): "right",
         ("cheat", 1): "not yet: too small",
-        ("cheat", 2): "KeyError: (None, 1)",
+        ("cheat", 2): "not yet: KeyError: (None, 1), line 5 in answer_2: " + curious.split("    ")[1],
         ("torn", 1): "00_first.ipynb is no notebook",
         ("torn", 2): "00_first.ipynb is no notebook",
     }
