@@ -45,16 +45,6 @@ def test_values_on_another_device_are_refused_in_one_line():
             call(torch.zeros(2, device="meta"))
 
 
-def test_a_tensor_on_the_cpu_is_reduced_where_the_others_are(monkeypatch):
-    reduced = []
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda values, op: reduced.append(values.device.type)
-    )
-    with pytest.raises(NotImplementedError):  # there is nothing to copy back
-        World(device=torch.device("meta"), world_size=2).sum(torch.zeros(2))
-    assert reduced == ["meta"]
-
-
 NCCL = "NCCL error in: NCCLUtils.cpp:94, {}\nncclSomeError: of NCCL.\nLast error:\n{}"
 TWICE, GONE = "Duplicate GPU detected : rank 1 and rank 0", "Connection closed by remote peer m1<4>"
 MESH = "Gloo connectFullMesh failed"

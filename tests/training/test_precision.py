@@ -7,7 +7,17 @@ import torch
 
 import ddp_lib.train
 from ddp_lib import World, fit
+from ddp_lib.training.optim import pick_precision
 from tests.lab.runs import config
+
+
+@pytest.mark.parametrize(("has_bf16", "best"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_if_the_gpu_computes_in_it(monkeypatch, has_bf16, best):
+    """A GPU that only emulates bf16 is slower with it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    gpu = torch.device("cuda")
+    assert pick_precision("auto", gpu)[0] == best
+    assert pick_precision("fp32", gpu) == ("fp32", "asked for")
 
 
 @pytest.mark.parametrize(("began_with", "then"), [("bf16", "fp32"), ("fp32", "bf16")])
