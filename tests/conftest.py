@@ -27,11 +27,12 @@ LONGEST_FIRST = """
     course/test_exercises.py notebooks/ hosts/test_faults.py course/test_sanitizer.py training/
     hosts/ platforms/ distributed/ launch/ notebook/ run_dir/
 """.split()
-# Their tests run one after the other, by one worker: one SLURM, one image, one kernel.
+# Their tests run one after the other, by one worker: one SLURM, image, kernel, JupyterLab.
 TOGETHER = {
     "tests/platforms/test_slurm.py",
     "tests/platforms/test_containers.py",
     "tests/notebook/test_magic.py",
+    "tests/course/test_browser.py",
 }
 # Each of these also means `process`.
 PROCESS_MARKERS = {"ranks", "hosts", "platforms", "browser"}
