@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,7 +119,8 @@ class Recorder:
 def choose(env: dict[str, str], call: Callable[[], object], gpus: int) -> tuple[list[tuple[str, ...]], bool]:
     """What a rank chooses, as a list, empty if it does not join; and whether it has asked for GPUs."""
     choice: list[tuple[str, ...]] = []
-    with patch.dict(os.environ, env), gpu_machine(gpus) as asked:
+    start = patch.object(BaseProcess, "start", end_rank)  # such as a DataLoader's worker
+    with patch.dict(os.environ, env), start, gpu_machine(gpus) as asked:
         signal.setitimer(signal.ITIMER_REAL, LONGEST_S, LONGEST_S)  # again, if C++ swallows it
         try:
             call()
@@ -245,6 +247,7 @@ def stand_in(recorder: Recorder) -> Iterator[None]:
         patch.object(dist, "TCPStore", end_rank),
         patch.object(shutil, "copy", copy_if_there),
         patch.object(resource, "setrlimit", end_rank),  # this process must not have a rank's limits
+        patch.object(ddp_lib, "watch", end_rank),  # it would wait for a run that has not begun
         patch.object(ddp_lib, "run_ranks", recorder.run_ranks),
         patch.object(ddp_lib, "run_nodes", recorder.run_nodes),
         patch.object(hang_lab, "run_ranks", recorder.run_ranks),
