@@ -3,6 +3,7 @@
 import atexit
 from typing import Any
 
+from IPython.core.displayhook import DisplayHook
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, magics_class
@@ -83,7 +84,7 @@ class RanksMagics(Magics):
         shell = InteractiveShell.instance()
         name = shell.compile.cache(source, shell.execution_count)
         values = self._ranks.run_cell(source, name, numbers, timeout_s)
-        silent = all(value is None for value in values) or cell.rstrip().endswith(";")
+        silent = all(value is None for value in values) or DisplayHook.semicolon_at_end_of_expression(cell)
         return None if silent else values
 
     def stop(self) -> None:

@@ -121,7 +121,7 @@ def _run_cell(shell: _Shell, source: str, name: str) -> tuple[str, Any]:
     if error := result.error_before_exec or result.error_in_exec:
         return worker.failure(error, {})
     value = result.result
-    if not source.rstrip().endswith(";"):
+    if not DisplayHook.semicolon_at_end_of_expression(source):
         formatter = shell.display_formatter
         data, metadata = formatter.format(value) if formatter else ({}, {})
         if set(data) - {"text/plain"}:

@@ -55,7 +55,7 @@ def test_names_stay_and_values_text_and_pictures_come_back(notebook):
     assert notebook.run("%%ranks\nmine[-1]").result == "[30, 31]"
     assert notebook.run("_[1] + 1").result == "32"
     assert notebook.run("%%ranks 1\nlen(mine), rank, world_size").result == "[(31, 1, 2)]"
-    shown = notebook.run('%%ranks\nprint("all")\nprint("own", rank)\nprint("end")\nrank;')
+    shown = notebook.run('%%ranks\nprint("all")\nprint("own", rank)\nprint("end")\nrank;  # quiet')
     assert (shown.text, shown.result) == (
         "[ranks 0-1] all\n[rank 0] own 0\n[rank 1] own 1\n[ranks 0-1] end\n",
         "",
