@@ -27,11 +27,13 @@ int(x)
 IMPORTS = "import torch, torch.distributed as dist\n"
 START_PX = """
 import ipyparallel, tempfile
-clients = ipyparallel.Cluster(n=2).start_and_connect_sync()
+cluster = ipyparallel.Cluster(n=2)
+clients = cluster.start_and_connect_sync()
 clients[:].activate()
 clients[:].scatter("rank", range(2), flatten=True)
 clients[:]["path"] = tempfile.mktemp()
 """
+STOP_PX = "cluster.stop_cluster_sync()"  # else its processes outlive the kernel
 JOIN_PX = """%%px
 import torch, torch.distributed as dist
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -84,6 +86,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for way, (_, measured) in WAYS.items():
                 runs[way].append(execute(client, measured))
+        if len(WAYS) > 2:
+            execute(client, STOP_PX)
     finally:
         client.stop_channels()
         manager.shutdown_kernel()
