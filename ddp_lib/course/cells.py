@@ -13,7 +13,7 @@ from ddp_lib.errors import text_of
 from ddp_lib.notebook.errors import RankError
 from ddp_lib.notebook.hang_lab import readable
 from ddp_lib.processes.stacks import own_lines
-from ddp_lib.processes.temporary import temporary_folder
+from ddp_lib.processes.temporary import remove_with_this_process, temporary_folder
 
 NOTEBOOKS = Path.cwd()  # where the kernel was when it imported this, before `work_folder`
 
@@ -24,6 +24,7 @@ def work_folder() -> Path:
     """Enters a folder that goes with this kernel; it is the same one at each call. The kernel's temporary
     files, and those of its ranks and commands, go there too."""
     folder = temporary_folder()
+    remove_with_this_process(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     work = folder / "work"
     work.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The folder for a process's temporary files."""
 
 import shutil
+import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
@@ -27,6 +28,14 @@ def temporary_folder() -> Path:
     # After multiprocessing's own folder, which may be inside. A fork of this process does not remove it.
     Finalize(None, _remove, (folder, lock), exitpriority=-200)
     return folder
+
+
+@cache
+def remove_with_this_process(folder: Path) -> subprocess.Popen[bytes]:
+    """Removes the folder as soon as this process has ended, also if it is killed, as Jupyter does with a
+    kernel. The shell notices that its input is closed. (It is in a session of its own: it gets no signal.)"""
+    command = ["sh", "-c", 'cat; rm -rf -- "$1"', "sh", str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _remove(folder: Path, lock: object) -> None:

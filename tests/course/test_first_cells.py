@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from ddp_lib.distributed.addresses import wait_until_true
 from tests.lab.notebooks import NOTEBOOKS, code_cells, read, source
-from tests.lab.processes import clean_environment
+from tests.lab.processes import TIMEOUT_S, clean_environment
 from tests.lab.project import ROOT
 
 FIRST = {path.stem: source(code_cells(read(path))[0]) for path in NOTEBOOKS}
@@ -38,3 +40,15 @@ def test_the_first_cells_do_the_same_when_run_again(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert left(tmp_path) == []
+
+
+@pytest.mark.process
+def test_what_a_notebook_writes_goes_also_if_its_kernel_is_killed(tmp_path):
+    cell = re.sub(r"^%.*$", "", FIRST["07_when_it_breaks"], flags=re.M)
+    env = clean_environment() | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", f"{cell}\n(WORK / 'mine').touch()\nprint(WORK, flush=True)\ninput()"]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as kernel:
+        work = Path(kernel.stdout.readline().decode().strip())
+        assert (work / "mine").exists()
+        kernel.kill()
+    assert wait_until_true(lambda: left(tmp_path) == [], time.monotonic() + TIMEOUT_S)
