@@ -22,6 +22,9 @@ from ddp_lib.report.live_cell import LiveCell
 
 # After a rank has failed: how long to wait for the other ranks' errors, one of which may be the cause.
 GRACE_S = 1.0
+# Bytes of a rank's output that are printed before its timeout is looked at again; and of a rank that was
+# ended, as it may have printed for ever.
+_AT_ONCE = 1 << 20
 # What input() raises in a rank if it cannot be served.
 _NOBODY = (
     "input() and breakpoint() find nobody to ask here: run the cell in JupyterLab, or print what you "
@@ -130,12 +133,19 @@ class Rank(_Child):
                 self._take(*self.connection.recv())
         return self._stack
 
-    def print_new(self, ended: bool) -> None:
-        """Prints the lines that are new since the last call; if `ended`, also an unfinished line."""
+    def print_new(self, ended: bool, most: int | None = None) -> None:
+        """Prints the lines that are new since the last call; if `ended`, also an unfinished line. most: about
+        how many bytes; of a rank that has ended, the last."""
         prefix = f"[rank {self.rank}] "
+        size = os.fstat(self.file.fileno()).st_size
+        left_out = size - self._printed - most if ended and most else 0
+        if left_out > 0:
+            print(f"{prefix}... {left_out:,} bytes are left out", flush=True)
+            self._printed += left_out
+        until = size if most is None else min(size, self._printed + most)
         self.file.seek(self._printed)
         for line in self.file:
-            if not (ended or line.endswith(b"\n")):
+            if self._printed >= until or not (ended or line.endswith(b"\n")):
                 break
             self._printed += len(line)
             text = line.decode(errors="replace").rstrip()
@@ -196,7 +206,7 @@ class RankPool:
         while (running := self._running()) and time.monotonic() <= deadline:
             receive(running)
             deadline += sum(rank.serve_input(partial(rank.print_new, ended=False)) for rank in running)
-            self._print_output()
+            self._print_output(most=_AT_ONCE)
             self._draw()
             errors = [rank.answer for rank in self.ranks if isinstance(rank.answer, RankError)]
             if errors:
@@ -206,7 +216,7 @@ class RankPool:
             return [cloudpickle.loads(rank.answer) for rank in self.ranks]
         error = root_cause(errors) if errors else hang_error({r.rank: r.stack() for r in running}, timeout_s)
         self.end()
-        self._print_output(to_the_end=True)
+        self._print_output(to_the_end=True, most=_AT_ONCE)
         raise error
 
     def _running(self) -> list[Rank]:
@@ -225,11 +235,12 @@ class RankPool:
         for rank in self.ranks:
             rank.send(port)
 
-    def _print_output(self, to_the_end: bool = False) -> None:
-        """Prints rank 0's new output; when rank 0 has ended, also that of rank 1; and so on."""
+    def _print_output(self, to_the_end: bool = False, most: int | None = None) -> None:
+        """Prints rank 0's new output; when rank 0 has ended, also that of rank 1; and so on. most: see
+        `print_new`."""
         for rank in self.ranks:
             ended = to_the_end or rank.answer is not None
-            rank.print_new(ended)
+            rank.print_new(ended, most if to_the_end or not ended else None)
             if not ended:
                 return
 

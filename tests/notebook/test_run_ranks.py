@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lib import World, run_ranks
+from ddp_lib import RankError, World, run_ranks
 from tests.lab.ranks import TIMEOUT_S, summed
 
 pytestmark = pytest.mark.ranks
@@ -51,6 +51,17 @@ def test_a_closure_and_its_environment_travel(monkeypatch, tmp_path):
     number = 5
     got = run_ranks(lambda: (number, os.environ["FROM_THE_NOTEBOOK"], os.getcwd()), 1, timeout_s=TIMEOUT_S)
     assert got == [(5, "yes", str(tmp_path))]
+
+
+def prints_for_ever() -> None:
+    while True:
+        print("x" * 1000)
+
+
+def test_a_rank_that_prints_faster_than_it_is_read_is_ended_in_time(capsys):
+    with pytest.raises(RankError, match="still running after 1 s"):
+        run_ranks(prints_for_ever, 1, timeout_s=1)
+    assert " bytes are left out\n" in capsys.readouterr().out
 
 
 def chatty() -> None:
