@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 RANKS, STEPS, LOOKS = 8, 10_000, 20
 SYNC_S = 1.0  # five times as often as by default
+PAIRS = 10  # of epochs, each about a second long, in a round
 TIMEOUT_S = 300
 UNITS = {
     "reading 8 ranks, two looks a second, part of a core": "%",
@@ -38,7 +39,7 @@ UNITS = {
     "sending and taking log lines, part of the ranks' CPU time": "%",
     "images/s with it, median step of an epoch": "images/s",
     "images/s without": "images/s",
-    "with it / without, each pair of epochs": "",
+    "with it / without, median of ten pairs of epochs": "",
 }
 
 
@@ -135,13 +136,14 @@ def rank(pairs: int, flags: list[str]) -> int:
     return status
 
 
-def train_on_two(pairs: int, folder: Path) -> dict[str, list[float]]:
-    """Two machines train; the values of the last five units."""
+def train_on_two(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Two machines train; the values of the last five units, one per round."""
     from ddp_lib import read_run
     from tests.lab.images import write_images
     from tests.lab.machines import Lab
 
-    images = write_images(folder / "images", train=1920, test=30)
+    pairs = PAIRS * rounds
+    images = write_images(folder / "images", train=640, test=30)
     flags = f"--data {images} --data-dir {folder} --global-batch-size 64 --epochs {2 * pairs}"
     flags += f" --log-sync-s {SYNC_S}"
     copy, late_s, seen = folder / "0" / "rank1.jsonl", [0.0] * 2 * pairs, 0
@@ -174,7 +176,12 @@ def train_on_two(pairs: int, folder: Path) -> dict[str, list[float]]:
     )
     late_s = [seconds for seconds, is_it in zip(late_s, is_on, strict=True) if is_it]
     ratios = [a / b for a, b in zip(on, off, strict=True)]
-    return dict(zip([*UNITS][4:], [late_s, [100 * sync_s / cpu_s], on, off, ratios], strict=True))
+
+    def by_round(values: list[float], conclude: Any = statistics.median) -> list[float]:
+        return [conclude(values[n : n + PAIRS]) for n in range(0, pairs, PAIRS)]
+
+    lists = [by_round(late_s, max), [100 * sync_s / cpu_s], *map(by_round, (on, off, ratios))]
+    return dict(zip([*UNITS][4:], lists, strict=True))
 
 
 def main() -> None:
@@ -182,13 +189,15 @@ def main() -> None:
         sys.exit(rank(int(sys.argv[2]), sys.argv[3:]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", nargs="?", choices=("reading", "sync"), help="default: both")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of epochs on two machines")
+    parser.add_argument("--rounds", type=int, default=9, help="of ten pairs of epochs, on two machines")
     options = parser.parse_args()
     from tests.lab.namespaces import missing
 
     saved = RESULTS / "watch.json"
     rows = json.loads(saved.read_text())["rows"] if saved.exists() else []
-    runs: dict[str, list[float]] = {name: [] for name in UNITS} | {row["name"]: row["runs"] for row in rows}
+    runs: dict[str, list[float]] = {name: [] for name in UNITS} | {
+        row["name"]: row["runs"] for row in rows if row["name"] in UNITS
+    }
     if options.part != "sync":
         rounds = [watch_one_process() for _ in range(3)]
         save_runs(runs := runs | {name: [values[name] for values in rounds] for name in rounds[0]})
@@ -213,8 +222,8 @@ def save_runs(runs: dict[str, list[float]]) -> None:
         findings.append(
             f"Sending the log lines to the master every {SYNC_S:g} s takes {median[names[5]]:.2f} % of the "
             f"ranks' CPU time; no line was later than {max(runs[names[4]]):.1f} s. Images/s with it are "
-            f"{median[names[-1]]:.2f} of those without, in the median of {len(ratios)} pairs of epochs, from "
-            f"{min(ratios):.2f} to {max(ratios):.2f}."
+            f"{median[names[-1]]:.2f} of those without, in the median of {len(ratios)} rounds of {PAIRS} "
+            f"pairs of epochs, from {min(ratios):.2f} to {max(ratios):.2f}."
         )
     what = (
         "8 ranks that write 32 steps a second each; two looks a second. And two machines with a rank each, "
