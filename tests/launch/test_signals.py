@@ -25,23 +25,21 @@ from tests.lab.processes import (
     wait_until,
 )
 
-LEAVES = """
+WAITS = """
 with StopSignal() as stop:
     stop.deferred = True
     note("pid", str(os.getpid()))
     while not stop.requested:
         time.sleep(0.02)
+"""
+
+LEAVES = f"""{WAITS}
     note("left", str(stop.requested))
     sys.exit(128 + stop.requested)
 """
 
 # Has just done its work, as in a training's last test.
-DONE = """
-with StopSignal() as stop:
-    stop.deferred = True
-    note("pid", str(os.getpid()))
-    while not stop.requested:
-        time.sleep(0.02)
+DONE = f"""{WAITS}
     time.sleep(0.3)
     note("left", str(stop.requested))
 """
