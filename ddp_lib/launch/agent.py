@@ -54,6 +54,25 @@ class Agent(LocalElasticAgent):
     goodbyes = 0  # of other machines that have left an elastic job, and are known
     closed_s: float | None = None
     left_s: float | None = None
+    told: SignalException | None = None  # that has asked this launcher to stop
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Starts the ranks, unless a signal has come meanwhile. torch loses one that comes while it waits for
+        the ranks' last output: see torch.distributed.elastic.multiprocessing.tail_log.TailLog.stop."""
+
+        def handle(number: int, frame: object) -> None:
+            self.told = SignalException(f"signal {number}", signal.Signals(number))
+            raise self.told
+
+        self._heed_signal()
+        started = super()._start_workers(worker_group)
+        for number in stop_signals():
+            signal.signal(number, handle)
+        return started
+
+    def _heed_signal(self) -> None:
+        if self.told:
+            raise self.told
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
         """Ends the ranks; if a signal is the reason, the other machines learn it.
@@ -97,6 +116,7 @@ class Agent(LocalElasticAgent):
         self.began = True
         self._end_the_others()
         result = super()._monitor_workers(worker_group)
+        self._heed_signal()
         if result.is_failed():  # torch's agent reports only the first failure that it saw
             result.failures.update(self.failures())
         if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():

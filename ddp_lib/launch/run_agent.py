@@ -112,9 +112,9 @@ def _run(agent: Agent, handler: Rendezvous, join_timeout_s: float) -> int:
                 peers.stop_watching()  # this machine's own end
         # None: more machines came than --nnodes allows.
         succeeded = result is None or result.state == WorkerState.SUCCEEDED
+        if peers.seen:  # `_stop` has printed it
+            return peers.seen[1]
         if succeeded:
-            if peers.seen:
-                return peers.seen[1]
             end = peers.published or peers.read_end()  # while this machine waited for the others
             if end:
                 print_error(end[0])

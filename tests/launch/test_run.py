@@ -257,3 +257,25 @@ def test_a_machine_that_cannot_start_ranks_tells_the_others(
         status, _, lines = end(process)
         [line] = [line for line in lines if "waiting for the other machines" not in line]
         assert status == 2 and text in line
+
+
+# A signal arrives where torch's own code swallows every Exception: it waits there for the ranks' last output.
+SWALLOWS = """
+import signal, sys
+from contextlib import suppress
+from torch.distributed.elastic.multiprocessing.tail_log import TailLog
+from ddp_lib.launch.main import main
+def stop(log):
+    with suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
+    true(log)
+true, TailLog.stop = TailLog.stop, stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_while_the_output_of_failed_ranks_is_still_read(started, tmp_path):
+    (tmp_path / "own.py").write_text(START + 'note("starts")\nsys.exit(3)')
+    command = [sys.executable, "-c", SWALLOWS, "run", "--max-restarts=3", "own.py"]
+    started.append(process := start_piped(command, tmp_path))
+    assert end(process)[::2] == (143, [])
