@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Collection
@@ -74,7 +75,12 @@ def say_where(text: str) -> str:
 def name_log(rank: int, logs: LogsSpecs) -> str:
     """Where the rank's whole log is, to append to a line; empty if it has none of its own."""
     paths = logs.paths if isinstance(logs, RankLogs) else {}
-    return f"; its log: {paths[rank].resolve()}" if rank in paths else ""
+    if rank not in paths:
+        return ""
+    full = False
+    with suppress(OSError):  # the folder is gone
+        full = shutil.disk_usage(paths[rank].parent).free == 0
+    return f"; its log: {paths[rank].resolve()}" + (", whose disk is full" if full else "")
 
 
 def drop_half_written(error_file: Path) -> None:

@@ -49,6 +49,8 @@ def print_error(line: str) -> None:
         print(f"ddp-launch: error: {shown}", file=sys.stderr, flush=True)
     except OSError:  # the disk that it is on is full: the exit status still says it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except ValueError:  # the program has closed it
+        pass
 
 
 @dataclass

@@ -9,7 +9,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -72,6 +72,16 @@ def build_same_model(
     return model, source
 
 
+@contextmanager
+def _keep_process(spec: str) -> Iterator[None]:
+    """The model may change the working directory: the run's folder stays where it was named. UserError if it
+    closes its output."""
+    with chdir("."):
+        yield
+    if sys.stdout.closed or sys.stderr.closed:
+        raise UserError(f"--model {spec!r} closes sys.stdout or sys.stderr: leave that out")
+
+
 def build_and_try(
     spec: str,
     classes: int,
@@ -85,7 +95,7 @@ def build_and_try(
     From then on each of its forwards checks what it returns. UserError if it cannot be built, fails on two
     images, or returns no logits (B, classes).
     """
-    with blame_model(spec, "cannot be built"):
+    with blame_model(spec, "cannot be built"), _keep_process(spec):
         model = build_model(spec, classes)
         given = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype}
         model.to(device, dtype)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
+from unittest.mock import Mock
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -93,6 +95,16 @@ def test_an_end_is_read_from_status_and_log(fail, how):
     failure = read_failure(3, *fail(3, code, text))
     assert (failure.consequence, failure.status) == (consequence, status)
     assert failure.line.startswith("rank 3 on ") and words in failure.line
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_the_full_disk_of_a_log_is_named(fail, monkeypatch, tmp_path, free):
+    process, log = fail(0, 1, "step 1\n")
+    logs = RankLogs(tmp_path, None, None)
+    logs.paths[0] = log
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=free))
+    line = cause_of({0: process}, logs).line
+    assert f"; its log: {log}" in line and line.endswith(", whose disk is full") is (free == 0)
 
 
 def test_a_machine_is_named_once(fail):

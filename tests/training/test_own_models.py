@@ -85,14 +85,28 @@ def test_a_model_that_can_be_trained_is(tmp_path, monkeypatch, text, says):
         ("import not_there", "Net", "cannot be built .*not_there.*line 1.*: install what it imports"),
         ("def f(:", "Net", r"cannot be built \(SyntaxError.*own_net.py, line 1"),
         ("", "Net", "own_net.py has no Net"),
+        (
+            "import sys; sys.stdout = open('out', 'w'); sys.stdout.close()\n" + net(),
+            "Net",
+            "closes sys.stdout",
+        ),
         ("def make(classes): ...", "make", "give it a parameter of that name"),
         (net() + "model = Net(2)", "model", "is a Net: name the class, or a function"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_said_in_one_line(tmp_path, monkeypatch, text, name, says):
     write(tmp_path, monkeypatch, text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     with pytest.raises(UserError, match=f"^--model 'own_net:{name}' .*{says}"):
         build(name)
+
+
+def test_the_run_folder_stays_where_it_was_named(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, f"import os; os.chdir({str(tmp_path)!r})\n{net()}")
+    before = Path.cwd()
+    build()
+    assert Path.cwd() == before
 
 
 def test_outputs_are_checked_in_training_too(tmp_path, monkeypatch):
