@@ -72,7 +72,7 @@ def fit(
     model_is = describe_model(model.state_dict(), source)
     with open_run(config, world, total_steps, data.digest, model_is, precision) as run:
         if run.finished is not None:
-            world.say(f"{run.folder} is finished; more --epochs would go on from there")
+            world.say(f"{run.named} is finished; more --epochs would go on from there")
             return run.finished
         if precision != run.precision:
             precision, why = run.precision, "as the run began"
@@ -210,7 +210,7 @@ def fit(
             }
             if world.is_main:
                 write_results(run.folder, copy_state(model), summary)
-                progress.say(f"{evaluation}; model in {run.folder}/cifar_net.pth")
+                progress.say(f"{evaluation}; model in {run.named}/cifar_net.pth")
             log.end(step, "finished")
             run.checkpoint.sync_logs()
             return summary

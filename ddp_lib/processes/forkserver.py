@@ -14,17 +14,18 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import wait
-from multiprocessing.util import get_temp_dir
+from multiprocessing.util import Finalize, get_temp_dir
 from types import ModuleType
 from typing import Any
 
 from ddp_lib.errors import TransientError, UserError, limit_reached
 from ddp_lib.processes.exit_status import as_exit_status
-from ddp_lib.processes.signals import stop_signals
+from ddp_lib.processes.signals import default_grace_s, stop_signals
 from ddp_lib.processes.temporary import temporary_folder
 
 # The server's PYTHONSAFEPATH, which is not meant for the programs that a rank starts.
@@ -140,7 +141,24 @@ def run_rank(function: str, *args: object) -> None:
     if agent and not agent.is_alive():  # torch would wait for it for ever
         sys.stdout.flush()
         os._exit(outcome.status)
+    Finalize(None, _leave_threads, (outcome.status,), exitpriority=0)
     sys.exit(outcome.status)  # torch's agent knows no other success than 0
+
+
+def _leave_threads(status: int) -> None:
+    """At the process's end, which would wait for ever for a thread of the reader's code that never ends."""
+    mine = (threading.main_thread(), threading.current_thread())
+    left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread not in mine]
+    seconds = default_grace_s()
+
+    def end() -> None:
+        time.sleep(seconds)
+        what = f"{', '.join(left)} of the model still runs {seconds:g} s after the end"
+        print(f"[rank {os.environ['RANK']}] thread {what}: left", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    if left:
+        threading.Thread(target=end, daemon=True).start()
 
 
 def _become_rank() -> None:

@@ -48,7 +48,7 @@ class StopSignal:
     ) -> None:
         self.requested = 0
         self.deferred = False
-        self._grace_s = float(os.environ.get(GRACE, _GRACE_S)) if grace_s is None else grace_s
+        self._grace_s = default_grace_s() if grace_s is None else grace_s
         self._at_last = at_last or (lambda number: os._exit(128 + number))
         self._impatient = impatient
         self._old: dict[int, Any] = {}
@@ -111,6 +111,11 @@ class StopSignal:
                     if not number:  # further signals do not extend the grace time
                         number, deadline = received[0], time.monotonic() + self._grace_s
             self._at_last(number)
+
+
+def default_grace_s() -> float:
+    """The --grace-s of the ddp-launch that has started this rank."""
+    return float(os.environ.get(GRACE, _GRACE_S))
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -26,7 +26,8 @@ CONTAINER = "DDP_LIB_CONTAINER"  # set by our image
 class Run:
     """An opened run."""
 
-    folder: Path  # this machine's copy
+    named: Path  # the folder, as --run-dir names it
+    folder: Path  # the same, absolute: the model may change the working directory
     checkpoint: Checkpoint
     resumed: dict[str, Any] | None  # the state to continue from
     finished: dict[str, Any] | None  # the summary, if nothing is left to do
@@ -70,7 +71,7 @@ def open_run(
 
     timeout_s = config.data_timeout_s
     settings: dict[str, Any] = dict(resume=config.resume, timeout_s=timeout_s, log_sync_s=config.log_sync_s)
-    with Checkpoint(folder, world, data_digest, **settings) as checkpoint:
+    with Checkpoint(folder.absolute(), world, data_digest, **settings) as checkpoint:
         resumed = checkpoint.load(accept)
         if resumed and config.precision == "auto":
             precision = resumed.get("precision", precision)
@@ -88,7 +89,7 @@ def open_run(
             if resumed:
                 whose = checkpoint.resumed_from()
                 world.say(f"resuming {folder} at step {resumed['step']} of {total_steps}{whose}")
-        yield Run(folder, checkpoint, resumed, finished, precision)
+        yield Run(folder, folder.absolute(), checkpoint, resumed, finished, precision)
 
 
 def describe_model(weights: Mapping[str, torch.Tensor], source: Mapping[str, str]) -> dict[str, str]:

@@ -108,7 +108,7 @@ def build_and_try(
         say(f"the model has parameters in {given.pop()}; it is trained in {dtype}{cure}")
     model.register_forward_hook(partial(_check_logits, spec, classes))
     x = torch.zeros(2, 3, image_size, image_size, device=device, dtype=dtype)
-    with torch.no_grad():
+    with chdir("."), torch.no_grad():
         with blame_model(spec, f"fails on images of shape {list(x.shape)}"):
             model.eval()
             model(x)  # lazy modules get their parameters

@@ -57,6 +57,14 @@ note("is", json.dumps(said))
 
 
 @pytest.mark.ranks
+def test_a_thread_that_never_ends_is_left(start):
+    lines = "import threading\nthreading.Thread(target=for_ever, name='forever').start()"
+    status, _, err = end(start(lines, "--grace-s=0.1"))
+    assert status == 0
+    assert err == ["[rank 0] thread forever of the model still runs 0.1 s after the end: left"]
+
+
+@pytest.mark.ranks
 def test_two_agents_join_at_the_endpoint(start, tmp_path):
     flags = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     lines = 'note("env", json.dumps(dict(os.environ)))'

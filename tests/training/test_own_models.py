@@ -103,7 +103,8 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(tmp_path, monkeypatch, t
 
 
 def test_the_run_folder_stays_where_it_was_named(tmp_path, monkeypatch):
-    write(tmp_path, monkeypatch, f"import os; os.chdir({str(tmp_path)!r})\n{net()}")
+    move = f"import os; os.chdir({str(tmp_path)!r})"
+    write(tmp_path, monkeypatch, f"{move}\n{net(move, f'{move}; {FORWARD}')}")
     before = Path.cwd()
     build()
     assert Path.cwd() == before
