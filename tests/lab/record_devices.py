@@ -7,8 +7,9 @@ what a statement does with it is passed over.
 
 The ranks of `%ranks` have chosen when they join: their cells (`%%ranks`) are passed over.
 
-Prints one line of JSON per launch: notebook, cell, what was launched, and for each number of GPUs the
-[backend, device] of every rank that joins. Ends with status 1 if a cell that launches ranks was not reached.
+Prints one line of JSON per launch: notebook, id of the cell, what was launched, and for each number of GPUs
+the [backend, device] of every rank that joins. Ends with status 1 if a cell that launches ranks was not
+reached.
 """
 
 import ast
@@ -292,16 +293,16 @@ def without_magics(source: str) -> str:
     return re.sub(r"^%.*$", "", source, flags=re.M)
 
 
-def record(path: Path, recorder: Recorder) -> set[int]:
-    """Executes a notebook; returns the cells that should have launched ranks and did not."""
+def record(path: Path, recorder: Recorder) -> set[str]:
+    """Executes a notebook; returns the ids of the cells that should have launched ranks and did not."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     sources = [without_magics("".join(cell["source"])) for cell in cells]
     trees = [ast.parse(source) for source in sources]
     names: dict[str, Any] = {"__name__": "__main__", "display": lambda *args: None}
     names["kept_ranks"] = recorder.kept_ranks
     recorder.launches.clear()
-    for number, (source, tree) in enumerate(zip(sources, trees, strict=True)):
-        recorder.where, file = {"notebook": path.stem, "cell": number + 1}, f"{path.stem} cell {number + 1}"
+    for cell, source, tree in zip(cells, sources, trees, strict=True):
+        recorder.where, file = {"notebook": path.stem, "cell": cell["id"]}, f"{path.stem} {cell['id']}"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for inspect.getsource
         for statement in tree.body:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -311,7 +312,7 @@ def record(path: Path, recorder: Recorder) -> set[int]:
                     launch_the_rest(statement, file, names)
     # An exercise may need what a training left behind, before it launches ranks.
     exercises = {n for n, cell in enumerate(cells) if "exercise" in cell["metadata"].get("tags", [])}
-    wanted = {n + 1 for n in launching_cells(trees) - exercises}
+    wanted = {cells[n]["id"] for n in launching_cells(trees) - exercises}
     return wanted - {launch["cell"] for launch in recorder.launches}
 
 
