@@ -2,7 +2,7 @@
 
 Two stand-ins for these machines. `tests/lab/record_devices.py` records the choice of every rank of every
 notebook, and starts none. `tests/lab/pretended_gpus` lets real ranks choose, and compute on the CPU: those of
-the cells that take GPUs where there are enough. All others run on the CPU, as wherever the notebooks are run.
+the cells where it matters. All others do the same as where the notebooks are run without GPUs.
 """
 
 import json
@@ -28,6 +28,8 @@ ON_GPUS = {
     ("03_ddp_wrapping", "cell-15", "%ranks 2"): 2,
     ("04_training_run", "device-02", "on_its_device"): 2,
 }
+# Cells that mean the CPU, where torch looks for GPUs by itself: PowerSGD's hook.
+LOOKING = {("08_scaling", cell) for cell in ("cell-21", "cell-22", "cell-23")}
 
 
 def kind(ranks: list[list[str]]) -> str:
@@ -70,9 +72,9 @@ def test_every_rank_gets_the_cpu_or_a_gpu_of_its_own(tmp_path):
 
 
 def cells_on_gpus() -> Iterator[tuple[str, dict]]:
-    """The cells of ON_GPUS, each with its notebook, and those around them: imports, and what runs on ranks
-    that stay."""
-    ids = {(notebook, cell) for notebook, cell, _ in ON_GPUS}
+    """The cells of ON_GPUS and LOOKING, each with its notebook, and those around them: imports, and what runs
+    on ranks that stay."""
+    ids = {(notebook, cell) for notebook, cell, _ in ON_GPUS} | LOOKING
     for path in NOTEBOOKS:
         cells = code_cells(read(path))
         for cell in cells if path.stem in {notebook for notebook, _ in ids} else []:
