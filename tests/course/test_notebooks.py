@@ -4,9 +4,11 @@
 that comparison rests on.
 """
 
+import ast
 import re
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from tests.lab.notebooks import (
     NOTEBOOKS,
@@ -51,6 +53,50 @@ def faults(notebook: dict) -> list[str]:
     if passed_over > len(printing) / 4:
         problems.append(f"{passed_over} of {len(printing)} cells that print are not compared")
     return problems
+
+
+def patches(notebook: dict) -> list[str]:
+    """What changes the library: assignments to an attribute of what the notebook imports from ddp_lib, and
+    setattr and mock's patch, which may do the same."""
+    sources = [re.sub(r"^%%.*", "", source(cell)) for cell in code_cells(notebook)]
+    trees = [ast.parse(TransformerManager().transform_cell(text)) for text in sources]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = [
+        (getattr(node, "module", "") or name.name, name.asname or name.name.partition(".")[0])
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    ]
+    own = {name for module, name in imported if module.partition(".")[0] == "ddp_lib"}
+    found = []
+    for node in nodes:
+        changed = isinstance(node, ast.Attribute | ast.Name) and not isinstance(node.ctx, ast.Load)
+        root = node
+        while isinstance(root, ast.Attribute | ast.Subscript):
+            root = root.value
+        inside = root is not node and isinstance(root, ast.Name) and root.id in own
+        if (changed and inside) or (isinstance(node, ast.Name) and node.id in ("setattr", "patch", "mock")):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_cell_patches_the_library(path):
+    assert patches(read(path)) == []
+
+
+def test_a_patch_is_seen():
+    before = "from ddp_lib import World as W\nimport ddp_lib.train\nimport torch.distributed as dist\n"
+    for code in ("dist.all_reduce = None", "world = W()\nworld.x = 1", "W.join()", "model.weight += 1"):
+        assert patches(make_notebook(make_cell(1, before + code))) == []
+    for code in (
+        "W.join = None",
+        "ddp_lib.train.fit = None",
+        "del ddp_lib.train.fit",
+        "setattr(W, 'join', 1)",
+        "with patch.object(W, 'join'): pass",
+    ):
+        assert len(patches(make_notebook(make_cell(1, before + code)))) == 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

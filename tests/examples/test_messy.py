@@ -7,18 +7,18 @@ import sys
 import pytest
 import torch
 
-from tests.lab.own_script import RUN, make_images
+from tests.lab.own_script import RUN, TORCHRUN, make_images
 from tests.lab.processes import TIMEOUT_S, clean_environment
 from tests.lab.project import ROOT
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO = ("--nproc-per-node", "2")
 
 
 @pytest.mark.ranks
 def test_it_goes_on_under_each_launcher_and_on_another_number_of_ranks(once, tmp_path):
     script = [str(ROOT / "examples" / "messy" / "train_ddp.py"), "--data", str(make_images(once))]
     flags = "--batch-size 12 --workers 1 --epochs".split()
-    for epoch, launcher in enumerate(([sys.executable], [*RUN, "--nproc-per-node", "2"], TORCHRUN), 1):
+    for epoch, launcher in enumerate(([sys.executable], [*RUN, *TWO], [*TORCHRUN, *TWO]), 1):
         done = subprocess.run(
             [*launcher, *script, *flags, str(epoch)],
             cwd=tmp_path,

@@ -10,7 +10,7 @@ import torch
 
 from ddp_lib import World, run_ranks
 from tests.lab.images import write_images
-from tests.lab.own_script import EXAMPLES, RUN, load, make_images
+from tests.lab.own_script import EXAMPLES, RUN, TORCHRUN, load, make_images
 from tests.lab.processes import TIMEOUT_S, clean_environment
 
 RANKS = (1, 2, 3, 4)
@@ -112,15 +112,24 @@ def test_every_line_that_ddp_changes_is_marked():
 
 
 @pytest.mark.ranks
-def test_single_and_ddp_train_and_save_the_best_model(once, tmp_path):
-    """As a reader starts them, with workers."""
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        ("single", [sys.executable]),
+        ("ddp", [*RUN, "--nproc-per-node", "2"]),
+        ("ddp", [*TORCHRUN, "--nproc-per-node", "2"]),
+        ("ddp_with_pieces", [sys.executable]),
+    ],
+)
+def test_it_trains_and_saves_the_best_model(name, launcher, once, tmp_path):
+    """As a reader starts it, with workers."""
     flags = "--epochs 1 --batch-size 12 --image-size 32 --workers 1".split()
-    for name, launcher in (("single", [sys.executable]), ("ddp", [*RUN, "--nproc-per-node", "2"])):
-        command = [*launcher, str(EXAMPLES / f"{name}.py"), "--data", str(make_images(once)), *flags]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert len(re.findall(r"epoch 1: loss \d\.\d{4}, \d+ of 31 right", done.stdout)) == 1
-        weights = torch.load(tmp_path / "out" / "best.pth", weights_only=True)
-        load(name).make_model(3).load_state_dict(weights)
+    command = [*launcher, str(EXAMPLES / f"{name}.py"), "--data", str(make_images(once)), *flags]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = r"epoch 1: (?:loss \d\.\d{4}, \d+ of 31 right|test accuracy \d+)"
+    assert len(re.findall(result, done.stdout)) == 1
+    [file] = tmp_path.rglob("best.pth")
+    load(name).make_model(3).load_state_dict(torch.load(file, weights_only=True))

@@ -13,6 +13,7 @@ from tests.lab.project import ROOT
 
 EXAMPLES = ROOT / "examples" / "own_script"
 RUN = (sys.executable, "-m", "ddp_lib.launch", "run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 STEPS = 10
 
 # A plain script; `join` makes the process group, `note` leaves a file beside the script.
