@@ -24,8 +24,8 @@ MORE_WORKERS_THAN_CORES = 1
 # What takes longest starts first, in this order, so that nobody waits for it at the end.
 LONGEST_FIRST = """
     platforms/test_containers.py platforms/test_slurm.py course/test_browser.py training/test_compile.py
-    course/test_exercises.py notebooks/ hosts/test_faults.py course/test_sanitizer.py training/
-    hosts/ platforms/ distributed/ launch/ notebook/ run_dir/
+    course/test_exercises.py notebooks/ hosts/test_faults.py course/test_sanitizer.py course/test_devices.py
+    training/ hosts/ platforms/ distributed/ launch/ notebook/ run_dir/
 """.split()
 # Their tests run one after the other, by one worker: one SLURM, image, kernel, JupyterLab.
 TOGETHER = {
