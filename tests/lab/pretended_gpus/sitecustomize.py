@@ -66,7 +66,7 @@ def pretend(torch: Any, gpus: int) -> None:
     dist.init_process_group = init_process_group
     torch.cuda.device_count = device_count
     torch.cuda.is_available = lambda: device_count() > 0
-    torch.cuda.is_current_stream_capturing = lambda: False  # the optimizers ask
+    torch.accelerator.is_available = lambda: False  # or optimizers would ask its stream
     torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid=f"GPU-{number}")
     torch.cuda.set_device = gpu
 
