@@ -24,19 +24,21 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## install all into .venv: INDEX=URL of builds for CPUs alone, WHEELS=folder without internet
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: '$(PYTHON)' is not Python 3.11 or newer: install one, then: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "make: '$(PYTHON)' has no venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	@echo "Installing into $(VENV), once: some GB and some minutes, most of it PyTorch."
 	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): requirements.txt pyproject.toml | $(BIN)/pip
+	@echo "Installing into $(VENV), once: some GB and some minutes, most of it PyTorch."
 	@$(PIP) install --quiet $(FROM) setuptools
 	@$(PIP) install --quiet $(FROM) --no-build-isolation -e ".[notebooks,dev]"
 	@touch $@
 
-wheels: $(INSTALLED) ## fill the folder wheels/ for make setup WHEELS=wheels on a machine without internet
-	$(PIP) wheel --quiet $(FROM) --no-build-isolation --wheel-dir wheels setuptools ".[notebooks,dev]"
+wheels: $(BIN)/pip ## fill the folder wheels/ for make setup WHEELS=wheels on a machine without internet
+	$(PIP) wheel --quiet $(FROM) --wheel-dir wheels setuptools ".[notebooks,dev]"
 
 demo: $(INSTALLED) ## train on built-in images with 2 processes, then plot: runs/demo/
 	$(BIN)/ddp-launch train $(DEMO)
