@@ -2,11 +2,12 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 
 from ddp_lib.course.classroom import without_solutions, write_class
-from ddp_lib.course.exercises import text
+from ddp_lib.course.exercises import read_exercises, tags, text
 from ddp_lib.errors import UserError
 from tests.lab.notebooks import NOTEBOOKS, make_cell, make_notebook
 from tests.lab.project import ROOT
@@ -39,6 +40,23 @@ def test_only_the_solution_goes():
     ]
     left = without_solutions(make_notebook(*cells))["cells"]
     assert [text(cell) for cell in left] == [f"{hint}\n\n**2.** Next", "x = 1"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_folded_hint_comes_before_each_place_to_write(path):
+    """And gives nothing of the solution away; a student's copy has nothing else of it either."""
+    notebook = json.loads(path.read_text())
+    solutions = [exercise.solution for exercise in read_exercises(notebook)[1]]
+    cells = without_solutions(notebook)["cells"]
+    place = [number for number, cell in enumerate(cells) if "exercise" in tags(cell)]
+    assert len(place) == len(solutions)
+    for number, (start, end) in enumerate(pairwise([0, *place]), 1):
+        above = "\n".join(text(cell) for cell in cells[start:end] if cell["cell_type"] == "markdown")
+        asked = above[above.index(f"**{number} (") :]
+        [hint] = re.findall(
+            r"^<details><summary>Hint</summary>\n\n(.{20,300}?)\n</details>$", asked, re.S | re.M
+        )
+        assert not any(line in hint for line in map(str.strip, solutions[number - 1].splitlines()) if line)
 
 
 def test_a_folder_that_holds_something_is_not_written(tmp_path):
