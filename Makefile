@@ -56,11 +56,15 @@ quick: lint ## lint, and the tests that start no process: less than a minute
 PYTHONS ?= $(foreach n,11 12 13 14,python3.$(n)) $(wildcard $(HOME)/.pyenv/versions/3.1[1-9].*/bin/python)
 
 versions: ## make quick with every Python from 3.11 that is installed, or those of PYTHONS=
-	@for python in $(PYTHONS); do \
-	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1) || continue; \
-	  case " $$passed " in *" $$version "*) continue;; esac; \
-	  $(MAKE) quick PYTHON="$$python" VENV=".venv-$$version" || exit; passed="$$passed $$version"; done; \
-	  echo "make quick passes with Python:$$passed"
+	@found=$$(for python in $(PYTHONS); do \
+	  "$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null || \
+	  $(if $(filter file,$(origin PYTHONS)),true,echo "make: PYTHONS: '$$python' is no Python" >&2); \
+	  done | sort -Vuk1,1); \
+	test "$$found" || { echo "make: no Python found: name them, PYTHONS=/path/to/python3.12" >&2; exit 1; }; \
+	echo "$$found"; \
+	echo "$$found" | while read -r version python; do \
+	  $(MAKE) quick PYTHON="$$python" VENV=".venv-$$version" </dev/null || exit; done && \
+	echo "make quick passes with Python" $$(echo "$$found" | cut -d' ' -f1)
 
 test: lint ## lint, all tests, and all notebooks against their committed outputs
 	$(BIN)/python -m pytest -n auto $(PARALLEL) tests notebooks \

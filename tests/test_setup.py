@@ -130,6 +130,25 @@ def test_wheels_install_without_a_network(project, indexes):
     assert {*ALL, "torch-2.14.1", "cuda_library-13"} <= installed(project)
 
 
+def test_each_python_that_is_there_is_tried_once(tmp_path):
+    """With what `make quick` is given instead of running it."""
+    (tmp_path / "python3").symlink_to(sys.executable)
+    version = ".".join(map(str, sys.version_info[:2]))
+    pythons = f"PYTHONS={tmp_path / 'python3'} {sys.executable} /nowhere/python"
+    done = subprocess.run(
+        ["make", "versions", "MAKE=echo", pythons], cwd=ROOT, capture_output=True, text=True
+    )
+    listed, tried, passed = done.stdout.splitlines()
+    assert listed.startswith(f"{version} ") and f"VENV=.venv-{version}" in tried and version in passed
+    assert done.stderr == "make: PYTHONS: '/nowhere/python' is no Python\n"
+
+
+def test_no_python_at_all_is_an_error():
+    command = ["make", "versions", "MAKE=echo", "PYTHONS="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.startswith("make: no Python found: name them")
+
+
 def test_a_notebooks_first_cell_installs_the_course_where_it_is_missing(project, indexes, tmp_path):
     """As on Colab, in an environment that has only pip; later it does nothing, nor where all is prepared."""
     git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
