@@ -24,6 +24,8 @@ def test_requirements_are_exact_and_nothing_but_pins():
     wrong = [line for line in pins if not pattern.fullmatch(line)]
     assert not wrong
     assert not [line for line in lines if re.search(r"https?:|file:|/", line)]
+    # A folder of wheels that 3.11.7 has filled is to serve 3.11.2.
+    assert not [line for line in lines if re.search(r"'\d+\.\d+\.[1-9]", line)]
     names = {line.partition("==")[0] for line in pins}
     extras = project()["optional-dependencies"]
     direct = project()["dependencies"] + extras["notebooks"] + extras["dev"]
