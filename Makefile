@@ -86,9 +86,16 @@ format: $(INSTALLED) ## format code and notebooks
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# JupyterLab's own questions would cover cells, and a reader need not update what is pinned here.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings/overrides.json
+
+$(LAB_SETTINGS): | $(INSTALLED)
+	@mkdir -p $(@D)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $@
+
 # A work copy, so that running a notebook changes no tracked file. The kernels and the terminal find
 # ddp-launch: a login shell, which JupyterLab takes where its output is no terminal, would forget the PATH.
-lab: $(INSTALLED) ## open your copy of the course, work/, in JupyterLab: ARGS=..., FRESH=1 for a new copy
+lab: $(INSTALLED) $(LAB_SETTINGS) ## open your copy of the course, work/, in JupyterLab: ARGS=..., FRESH=1 for a new copy
 	@$(BIN)/python -m ddp_lib.course copy notebooks work $(if $(FRESH),--fresh True)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
 	  --ServerApp.terminado_settings="shell_command=['$${SHELL:-/bin/sh}']" \

@@ -40,11 +40,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium"),
 ]
 
-# No news, no dialogs; and all cells on the page, also those that are scrolled out of sight.
-SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "notebook-extension/tracker": {"windowingMode": "none"},
-}
+# All cells on the page, also those that are scrolled out of sight.
+SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}}
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
 OUTPUTS = ".jp-CodeCell .jp-OutputArea-output"
 ERRORS = f"{OUTPUTS}[data-mime-type='application/vnd.jupyter.error']"
@@ -196,6 +193,7 @@ def test_the_first_notebook_runs_in_jupyterlab(lab, page, tmp_path):
     page.screenshot(path=tmp_path / "end.png")
 
     assert page.locator(ERRORS).all_inner_texts() == []
+    assert page.locator(".Toastify__toast").all_inner_texts() == []  # no question, no news
     assert page.evaluate(PROMPTS) == [f"[{n}]:" for n in range(1, len(cells) + 1)]
     widths = page.evaluate(
         f"[...document.querySelectorAll('{OUTPUTS} img')]"
