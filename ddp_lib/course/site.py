@@ -52,10 +52,10 @@ def write_site(course: Path, out: Path) -> list[str]:
     sections = [section for page in [*chapters, *others] for section in _sections(page)]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for number, page in enumerate(chapters):
-            previous = chapters[number - 1] if number else index
-            _write(out, page, previous, *chapters[number + 1 : number + 2])
-        for page in [index, *others]:
+        pages = [index, *chapters]
+        for previous, page, following in zip([None, *pages[:-1]], pages, [*chapters, None], strict=True):
+            _write(out, page, previous, following)
+        for page in others:
             _write(out, page, index)
         for name in sorted({name for page in chapters for name in _FILE.findall(page.body)}):
             (out / "files" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +128,13 @@ def _sections(page: Page) -> list[dict[str, str]]:
     return sections
 
 
-def _write(out: Path, page: Page, previous: Page, following: Page | None = None) -> None:
+def _write(out: Path, page: Page, previous: Page | None, following: Page | None = None) -> None:
     body = re.sub(r'href="(?:\.\./)?(?:\w+/)*(\w+)\.(?:ipynb|md)(#[^"]*)?"', _as_page, page.body)
     body = _FILE.sub(r'href="files/\1"', body)
-    steps = f'<a href="{previous.link}">&larr; {html.escape(previous.title)}</a>'
-    if following:
-        steps += f'<a href="{following.link}">{html.escape(following.title)} &rarr;</a>'
+    back = f'<a href="{previous.link}">&larr; {html.escape(previous.title)}</a>' if previous else ""
+    on = f'<a href="{following.link}">{html.escape(following.title)} &rarr;</a>' if following else ""
     frame = Template((FRAME / "frame.html").read_text(encoding="utf-8"))
-    whole = frame.substitute(title=html.escape(page.title), body=body, steps=steps)
+    whole = frame.substitute(title=html.escape(page.title), body=body, steps=back + on)
     (out / page.link).write_text(whole, encoding="utf-8")
 
 

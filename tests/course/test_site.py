@@ -43,6 +43,13 @@ def test_every_notebook_has_a_page_with_all_its_pictures(site):
         assert site[f"{path.stem}.html"].count('src="data:image/png') == pictures
 
 
+def test_steps_lead_from_the_contents_through_the_chapters(site):
+    names = ["index", *(path.stem for path in NOTEBOOKS)]
+    for number, name in enumerate(names):
+        beside = names[max(0, number - 1) : number] + names[number + 1 : number + 2]
+        assert re.findall(r'href="(\w+)\.html"', site[f"{name}.html"].partition("<footer>")[2]) == beside
+
+
 def test_every_picture_has_a_text_alternative(pages):
     for name, text in pages.items():
         assert all(re.search(r' alt="[^"]{20}', tag) for tag in re.findall(r"<img[^>]*>", text)), name
