@@ -10,8 +10,7 @@ from traceback import extract_tb
 from typing import Any
 
 from ddp_lib.errors import text_of
-from ddp_lib.notebook.errors import RankError
-from ddp_lib.notebook.hang_lab import readable
+from ddp_lib.notebook.errors import RankError, readable
 from ddp_lib.processes.stacks import own_lines
 from ddp_lib.processes.temporary import remove_with_this_process, temporary_folder
 

@@ -8,6 +8,7 @@ those that Python needs. This is no sandbox: you run other people's code, with y
 import asyncio
 import json
 import os
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ async def _judge(
         await client.async_execute_cell(cell, len(notebook.cells) - 1)
         lines = [line for o in cell.outputs if o.output_type == "stream" for line in o.text.splitlines()]
         errors = (f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error")
-        return lines, next(errors, "").partition("\n")[0]
+        error = next(errors, "").partition("\n")[0]
+        return lines, re.sub(r"\(\d+\.py, ", "(", error)  # the name of a file that the kernel makes up
 
     number = todo[0][0].number
     try:

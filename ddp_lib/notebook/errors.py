@@ -105,3 +105,11 @@ def standing(stacks: dict[int, list[FrameSummary] | None]) -> list[str]:
         lines.append(f"rank {rank} is in {call}" if call else f"rank {rank} runs its own code")
         lines += [f"  {line}" for line in own_lines(frames)]
     return lines
+
+
+def readable(text: str) -> str:
+    """An error's message without what differs from run to run and from build to build: addresses, C++ file
+    names, and whether the system says that a connection was closed, reset or broken."""
+    text = re.sub(r"\[/\S+:\d+\] ?", "", text).partition("\n Original exception")[0]
+    text = re.sub(r", TensorDtypes=.*?\)\)\)", ")", text).partition(".Collectives differ")[0]
+    return re.sub(r".*(Connection (closed|reset) by peer|Broken pipe).*", "Connection closed by peer", text)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,7 +11,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from ddp_lib.distributed.world import World
-from ddp_lib.notebook.errors import RankError
+from ddp_lib.notebook.errors import RankError, readable
 from ddp_lib.notebook.run_ranks import run_ranks
 
 
@@ -57,11 +56,3 @@ def wait_for_all(world: World, timeout_s: float = 30.0) -> None:
     world.store.set(f"end/{world.rank}", "")
     everyone = [f"end/{rank}" for rank in range(world.world_size)]
     world.store.wait(everyone, timedelta(seconds=timeout_s))
-
-
-def readable(text: str) -> str:
-    """An error's message without what differs from run to run and from build to build: addresses, C++ file
-    names, and whether the system says that a connection was closed, reset or broken."""
-    text = re.sub(r"\[/\S+:\d+\] ?", "", text).partition("\n Original exception")[0]
-    text = re.sub(r", TensorDtypes=.*?\)\)\)", ")", text).partition(".Collectives differ")[0]
-    return re.sub(r".*(Connection (closed|reset) by peer|Broken pipe).*", "Connection closed by peer", text)

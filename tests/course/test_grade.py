@@ -51,7 +51,6 @@ def test_every_reader_gets_a_grade(tmp_path, monkeypatch):
     course, readers = tmp_path / "notebooks", tmp_path / "class"
     write(course / NAME)
     first = "def answer_1():\n    return one"
-    write(readers / "all" / NAME, first, "def answer_2():\n    return 2")
     write(readers / "half" / NAME, first, "def answer_2():\n    return 1")
     write(readers / "none" / NAME)
     write(
@@ -67,24 +66,21 @@ def test_every_reader_gets_a_grade(tmp_path, monkeypatch):
     write(readers / "cheat" / NAME, always_right, curious)
     readers.joinpath("torn").mkdir()
     readers.joinpath("torn", NAME).write_text("{")
-    results = {(g.reader, g.number): g.result for g in grade(course, readers, 10)}
+    results = {(g.reader, g.number): g.result for g in grade(course, readers, 5)}
     assert results == {
-        ("all", 1): "right",
-        ("all", 2): "right",
         ("half", 1): "right",
         ("half", 2): "not yet: too small",
         ("none", 1): "untouched",
         ("none", 2): "untouched",
         ("crash", 1): "ends the kernel",
-        ("crash", 2): results[("crash", 2)],
-        ("hang", 1): "not done within 10 s",
+        ("crash", 2): "SyntaxError: invalid syntax (line 2)",
+        ("hang", 1): "not done within 5 s",
         ("hang", 2): "right",
         ("cheat", 1): "not yet: too small",
         ("cheat", 2): "not yet: KeyError: (None, 1), line 5 in answer_2: " + curious.split("    ")[1],
         ("torn", 1): "00_first.ipynb is no notebook",
         ("torn", 2): "00_first.ipynb is no notebook",
     }
-    assert results[("crash", 2)].startswith("SyntaxError")
 
 
 def test_a_folder_of_notebooks_is_one_reader(tmp_path):

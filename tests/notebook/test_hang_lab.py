@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lib.notebook.hang_lab import hang_lab, readable
+from ddp_lib.notebook.errors import readable
+from ddp_lib.notebook.hang_lab import hang_lab
 
 
 def test_a_message_is_the_same_in_each_run():
