@@ -24,10 +24,8 @@ import websocket
 
 from ddp_lib.course.classroom import without_solutions
 from ddp_lib.course.exercises import read_exercises, text
-from ddp_lib.course.site import write_site
-from ddp_lib.course.slides import write_slides
 from tests.lab.logs import finish, grow
-from tests.lab.notebooks import NOTEBOOKS, make_cell, make_notebook, read
+from tests.lab.notebooks import make_cell, make_notebook, read
 from tests.lab.ports import free_port
 from tests.lab.project import ROOT
 
@@ -217,10 +215,9 @@ def test_the_terminal_finds_ddp_launch(lab):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_site_fits_the_screen_and_is_searched(width, page, once):
-    site = once("site", lambda folder: write_site(ROOT / "notebooks", folder))
+def test_the_site_fits_the_screen_and_is_searched(width, page, site_folder):
     page.set_viewport_size({"width": width, "height": 800})
-    for path in sorted(site.glob("*.html")):
+    for path in sorted(site_folder.glob("*.html")):
         page.goto(path.as_uri())
         widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert widths[0] <= widths[1], path.name
@@ -236,8 +233,8 @@ def test_the_site_fits_the_screen_and_is_searched(width, page, once):
     assert "set_epoch" in page.inner_text("main")
 
 
-def test_the_slides_fit_the_screen_and_the_paper(page, once, tmp_path):
-    decks = once("slides", lambda folder: write_slides(NOTEBOOKS, folder))
+def test_the_slides_fit_the_screen_and_the_paper(page, class_folder, tmp_path):
+    decks = class_folder / "slides"
     page.set_viewport_size({"width": 1280, "height": 720})
     for path in sorted(decks.glob("*.html")):
         page.goto(path.as_uri())

@@ -15,12 +15,11 @@ from tests.lab.project import ROOT
 PLAN = ROOT / "docs" / "teaching.md"
 
 
-def test_the_class_gets_all_but_the_solutions(tmp_path):
-    write_class(ROOT / "notebooks", PLAN, tmp_path / "class")
-    assert (tmp_path / "class" / "teacher" / PLAN.name).read_bytes() == PLAN.read_bytes()
+def test_the_class_gets_all_but_the_solutions(class_folder):
+    assert (class_folder / "teacher" / PLAN.name).read_bytes() == PLAN.read_bytes()
     for path in NOTEBOOKS:
-        assert (tmp_path / "class" / "teacher" / path.name).read_bytes() == path.read_bytes()
-        student = json.loads((tmp_path / "class" / "student" / path.name).read_text())
+        assert (class_folder / "teacher" / path.name).read_bytes() == path.read_bytes()
+        student = json.loads((class_folder / "student" / path.name).read_text())
         mine, whole = student["cells"], json.loads(path.read_text())["cells"]
         assert "Solution</summary>" not in json.dumps(student)
         code = [cell for cell in mine if cell["cell_type"] == "code"]

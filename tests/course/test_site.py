@@ -9,7 +9,6 @@ from urllib.parse import unquote
 import pytest
 
 from ddp_lib.course.site import write_site
-from ddp_lib.course.slides import write_slides
 from ddp_lib.errors import UserError
 from tests.lab.notebooks import NOTEBOOKS
 from tests.lab.project import ROOT
@@ -21,13 +20,13 @@ def read_all(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def site(once) -> dict[str, str]:
-    return read_all(once("site", lambda folder: write_site(ROOT / "notebooks", folder)))
+def site(site_folder) -> dict[str, str]:
+    return read_all(site_folder)
 
 
 @pytest.fixture(scope="module")
-def slides(once) -> dict[str, str]:
-    return read_all(once("slides", lambda folder: write_slides(NOTEBOOKS, folder)))
+def slides(class_folder) -> dict[str, str]:
+    return read_all(class_folder / "slides")
 
 
 @pytest.fixture(params=["site", "slides"])
