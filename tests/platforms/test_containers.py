@@ -204,7 +204,8 @@ class TestImage:
             subprocess.run(["podman", "rm", "--force", "--time", "0", name], timeout=TIMEOUT_S)
 
     def test_a_notebook_runs_in_the_devcontainer(self, podman, tmp_path):
-        """In the image that the Dockerfile makes, as the editor starts it: in a clone of the user's own."""
+        """In the image that the Dockerfile makes, as the editor starts it: in a clone of the user's own. The
+        first quarter of the notebook, with ranks and a picture."""
         config = ROOT / ".devcontainer" / "devcontainer.json"
         settings = json.loads(config.read_text())
         build = {name: (config.parent / path).resolve() for name, path in settings["build"].items()}
@@ -213,6 +214,10 @@ class TestImage:
         clone.mkdir()
         for name in ("notebooks", "ddp_lib"):
             shutil.copytree(ROOT / name, clone / name)
+        path = clone / "notebooks" / "02_samplers.ipynb"
+        original = json.loads(path.read_text())
+        original["cells"] = original["cells"][: len(original["cells"]) // 4]
+        path.write_text(json.dumps(original))
         containers.run(["chown", "--recursive", "1000:1000", str(clone)])
         tmp_path.chmod(0o755)
         execute = "python -m nbconvert --to notebook --execute --inplace work/02_samplers.ipynb"
@@ -222,7 +227,6 @@ class TestImage:
         done = run(*where, *shell, IMAGE, "-c", command)
         assert done.returncode == 0, done.stdout + done.stderr
         executed = json.loads((clone / "work" / "02_samplers.ipynb").read_text())
-        original = json.loads((ROOT / "notebooks" / "02_samplers.ipynb").read_text())
         counts, expected = ([c.get("execution_count") for c in n["cells"]] for n in (executed, original))
         assert counts == expected
 
