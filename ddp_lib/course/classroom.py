@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+from ddp_lib.course.copy import COPIED, digest_of_cells
 from ddp_lib.course.exercises import Cell, text
 from ddp_lib.course.slides import write_slides
 from ddp_lib.errors import UserError
@@ -30,12 +31,16 @@ def write_class(course: Path, plan: Path, out: Path) -> list[str]:
             notebook = without_solutions(json.loads(path.read_text(encoding="utf-8")))
             written = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
             (out / "student" / path.name).write_text(written, encoding="utf-8")
+        copied = {
+            path.name: digest_of_cells(path) for path in notebooks
+        }  # student/ may become a reader's copy
+        (out / "student" / COPIED).write_text(json.dumps(copied, indent=1) + "\n")
         shutil.copyfile(plan, out / "teacher" / plan.name)
         slides = write_slides(notebooks, out / "slides")
     except OSError as error:
         raise UserError(f"cannot write the class to {out}: {error}") from error
     return [
-        f"{out / 'student'}: {len(notebooks)} notebooks without solutions",
+        f"{out / 'student'}: {len(notebooks)} notebooks with hints, without solutions",
         f"{out / 'teacher'}: the same with solutions, and {plan.name}, a plan for half a day and for a day",
         f"{out / 'slides' / 'index.html'}: {slides} slides of the main cells",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ddp_lib.errors import UserError
 
 # In the copy: name of a notebook -> digest of the course's notebook when it was copied.
-_COPIED = ".copied.json"
+COPIED = ".copied.json"
 
 
 def copy_course(course: Path, work: Path, fresh: bool = False) -> list[str]:
@@ -28,7 +28,7 @@ def copy_course(course: Path, work: Path, fresh: bool = False) -> list[str]:
             work.rename(aside)
             lines.append(f"{work}: your earlier copy is now {aside}")
         work.mkdir(parents=True, exist_ok=True)
-        record = work / _COPIED
+        record = work / COPIED
         copied = json.loads(record.read_text()) if record.exists() else {}
         missing = [path for path in notebooks if not (work / path.name).exists()]
         changed = [

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import pytest
 
 from ddp_lib.course.classroom import without_solutions, write_class
+from ddp_lib.course.copy import copy_course
 from ddp_lib.course.exercises import read_exercises, tags, text
 from ddp_lib.errors import UserError
 from tests.lab.notebooks import NOTEBOOKS, make_cell, make_notebook
@@ -27,6 +29,12 @@ def test_the_class_gets_all_but_the_solutions(class_folder):
         lines = {line for cell in mine for line in text(cell).splitlines()}
         assert {line for cell in whole for line in text(cell).splitlines() if line.startswith("#")} <= lines
         assert any("**Onward" in line or "**The end" in line for line in lines) or path == NOTEBOOKS[-1]
+
+
+def test_a_students_folder_serves_as_the_readers_copy(class_folder, tmp_path):
+    work = shutil.copytree(class_folder / "student", tmp_path / "work")
+    assert copy_course(ROOT / "notebooks", work) == []  # nothing to copy, and nothing newer to offer
+    assert "Solution</summary>" not in (work / NOTEBOOKS[0].name).read_text()
 
 
 def test_only_the_solution_goes():
