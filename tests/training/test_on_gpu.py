@@ -16,6 +16,8 @@ from ddp_lib.data import batch
 from ddp_lib.data.dataset import Dataset, Split
 from ddp_lib.training.metrics import Metrics
 
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built for CPUs alone")
+
 GPU = torch.device("cuda", 0)
 RANK_0_OF_2 = World(world_size=2, device=GPU, backend="nccl")
 
