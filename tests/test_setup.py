@@ -136,7 +136,10 @@ def test_each_python_that_is_there_is_tried_once(tmp_path):
     version = ".".join(map(str, sys.version_info[:2]))
     pythons = f"PYTHONS={tmp_path / 'python3'} {sys.executable} /nowhere/python"
     done = subprocess.run(
-        ["make", "versions", "MAKE=echo", pythons], cwd=ROOT, capture_output=True, text=True
+        ["make", "--no-print-directory", "versions", "MAKE=echo", pythons],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     listed, tried, passed = done.stdout.splitlines()
     assert listed.startswith(f"{version} ") and f"VENV=.venv-{version}" in tried and version in passed
