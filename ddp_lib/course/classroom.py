@@ -31,9 +31,8 @@ def write_class(course: Path, plan: Path, out: Path) -> list[str]:
             notebook = without_solutions(json.loads(path.read_text(encoding="utf-8")))
             written = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
             (out / "student" / path.name).write_text(written, encoding="utf-8")
-        copied = {
-            path.name: digest_of_cells(path) for path in notebooks
-        }  # student/ may become a reader's copy
+        # student/ may become a reader's copy
+        copied = {path.name: digest_of_cells(path) for path in notebooks}
         (out / "student" / COPIED).write_text(json.dumps(copied, indent=1) + "\n")
         shutil.copyfile(plan, out / "teacher" / plan.name)
         slides = write_slides(notebooks, out / "slides")
