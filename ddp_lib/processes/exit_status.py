@@ -122,6 +122,8 @@ class Outcome:
                 silent = None if AGENT in os.environ else silent_ranks()  # an agent knows better
                 line = f"timed out waiting for another rank, --timeout-s long ({text})"
                 self._say(str(silent or line), consequence=True)
+            case ValueError() if "Default process group has not been initialized" in text:
+                self._say("the process group is gone: leave destroy_process_group out of the model")
             case _:
                 traceback.print_exception(error)
                 self._say(f"{type(error).__name__}: {text} (its traceback stands above)")

@@ -8,6 +8,7 @@ import torch
 
 from ddp_lib import RankError, TrainConfig, World, fit, run_ranks, warm_up, wrap
 from ddp_lib.errors import UserError
+from ddp_lib.processes.exit_status import as_exit_status
 from ddp_lib.processes.signals import Stopped
 from ddp_lib.training.build import blame_model, build_and_try
 from ddp_lib.training.ddp import gradient_sync
@@ -108,6 +109,14 @@ def test_the_run_folder_stays_where_it_was_named(tmp_path, monkeypatch):
     before = Path.cwd()
     build()
     assert Path.cwd() == before
+
+
+def test_one_that_ends_the_process_group_is_told_in_one_line(capsys):
+    with as_exit_status() as outcome:
+        torch.distributed.barrier()
+    assert outcome.status == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("leave destroy_process_group out of the model")
 
 
 def test_outputs_are_checked_in_training_too(tmp_path, monkeypatch):
