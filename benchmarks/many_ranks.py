@@ -1,12 +1,12 @@
 """Many ranks: joining a group, and exchanging a value over the store.
 
-python benchmarks/many_ranks.py [--rounds 5] [--ranks 64] [--clients 256 1024]
+python benchmarks/many_ranks.py [--rounds 5] [--ranks 64] [--clients 64 256 1024 4096]
 
 - Real ranks, started by run_ranks on this machine: from the moment at which the first of them calls
   World.join, or init_process_group with gloo, to the end of the first barrier on all.
-- Simulated clients of the store: threads of some processes, each with a connection of its own, which take
-  part in one `exchange`. Beside them, the same clients at a bare TCPStore: each sets one key and waits for
-  another, which the last of them sets.
+- Simulated clients of the store: threads of some processes, each with a connection of its own. They compare a
+  value, and exchange one for an answer. Beside them, the same clients at a bare TCPStore: each sets one key
+  and waits for another, which the last of them sets. Also the operations of client 1, counted.
 
 The ways take turns in each round, so that a moment in which the machine is busy affects both alike.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from report import save, table
 
 from ddp_lib import World, run_ranks
+from ddp_lib.distributed.store_group import StoreGroup
 
 TIMEOUT_S = 600.0
 HOLDERS = 32  # processes with the clients, but for client 0, which has one of its own
@@ -59,10 +60,40 @@ def bare(store: Any, rank: int, size: int) -> None:
     store.wait(["all"])
 
 
-def exchange(store: Any, rank: int, size: int) -> None:
-    from ddp_lib.distributed.coordination import StoreGroup
+def compare(store: Any, rank: int, size: int) -> None:
+    exchange(store, rank, size, answered=False)
 
-    StoreGroup(store, rank, size).exchange("value", rank, TIMEOUT_S)
+
+def exchange(store: Any, rank: int, size: int, answered: bool = True) -> None:
+    StoreGroup(store, rank, size).exchange("value", rank, TIMEOUT_S, lambda values: None, answered=answered)
+
+
+WAYS = {"bare store": bare, "compare": compare, "exchange": exchange}
+
+
+class Counted:
+    """A store, and how often it was called."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.calls = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self.store, name)
+
+
+def operations(way: Any, size: int) -> int:
+    """How many client 1 makes, of so many in this process."""
+    import torch.distributed as dist
+
+    stores = [Counted(dist.HashStore())]
+    stores += [Counted(stores[0].store) for _ in range(size - 1)]
+    threads = [threading.Thread(target=way, args=(store, n, size)) for n, store in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return stores[1].calls
 
 
 def hold_clients(port: int, size: int, rounds: int) -> list[tuple[float, float]]:
@@ -80,7 +111,7 @@ def hold_clients(port: int, size: int, rounds: int) -> list[tuple[float, float]]
 
     control, clients = connect(), {rank: connect() for rank in range(me, size if me else 1, holders)}
     times = []
-    for number, way in enumerate([bare, exchange] * rounds):
+    for number, way in enumerate([*WAYS.values()] * rounds):
         go, ends = threading.Event(), []
 
         def take_part(
@@ -103,46 +134,49 @@ def hold_clients(port: int, size: int, rounds: int) -> list[tuple[float, float]]
     return times
 
 
-def measure_clients(size: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round: at a bare store, and of an exchange."""
+def measure_clients(size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, by way."""
     import torch.distributed as dist
 
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     by_process = run_ranks(hold_clients, HOLDERS + 1, server.port, size, rounds, timeout_s=TIMEOUT_S)
     seconds = [max(end for _, end in times) - times[0][0] for times in zip(*by_process, strict=True)]
-    return seconds[0::2], seconds[1::2]
+    return {name: seconds[number :: len(WAYS)] for number, name in enumerate(WAYS)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
-    parser.add_argument("--clients", type=int, nargs="*", default=[256, 1024])
+    parser.add_argument("--clients", type=int, nargs="*", default=[64, 256, 1024, 4096])
     options = parser.parse_args()
     rows, findings = [], []
 
-    def add(names: tuple[str, str], seconds: tuple[list[float], list[float]], finding: str) -> None:
-        for name, runs in zip(names, seconds, strict=True):
-            rows.append({"name": name, "unit": "s", "runs": [round(run, 4) for run in runs]})
-        ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
-        findings.append(finding.format(f"{ratio:.2f}"))
-        print(findings[-1], flush=True)
+    def add(what: str, seconds: dict[str, list[float]], first: str) -> None:
+        for name, runs in seconds.items():
+            row = {"name": f"{what}, {name}", "unit": "s", "runs": [round(run, 4) for run in runs]}
+            rows.append(row)
+            if name != first:
+                ratio = statistics.median(runs) / statistics.median(seconds[first])
+                findings.append(f"{what}, {name}: {ratio:.2f} of the time of {first}.")
+                print(findings[-1], flush=True)
 
     for size in options.ranks:
-        times: tuple[list[float], list[float]] = ([], [])
+        ways: dict[str, Any] = {"init_process_group": by_torch, "World.join": by_world}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
-            for way, taken in zip((by_torch, by_world), times, strict=True):
-                taken.append(join(way, size))
-        names = (f"{size} ranks, init_process_group", f"{size} ranks, World.join")
-        add(names, times, f"{size} ranks join by World.join in {{}} of the time of init_process_group.")
+            for name, way in ways.items():
+                times[name].append(join(way, size))
+        add(f"{size} ranks", times, "init_process_group")
     for size in options.clients:
-        seconds = measure_clients(size, options.rounds)
-        names = (f"{size} clients, bare store", f"{size} clients, exchange")
-        text = f"An exchange among {size} clients takes {{}} of the time at a bare store."
-        add(names, seconds, text)
+        add(f"{size} clients", measure_clients(size, options.rounds), "bare store")
+    for name, way in WAYS.items():
+        counts = [operations(way, size) for size in (64, 256)]
+        rows.append({"name": f"client 1 of 64 and of 256, {name}", "unit": "operations", "runs": counts})
     what = (
         "From the first rank's call to the end of the first barrier on all, ranks started by run_ranks; and "
-        f"one exchange over the store among simulated clients, which {HOLDERS + 1} processes hold."
+        "what simulated clients do at a store, of which "
+        f"{HOLDERS + 1} processes hold all: compare a value, or exchange one."
     )
     print(table(save("many_ranks", "Many ranks", what, rows, findings)["rows"]))
 

@@ -4,6 +4,7 @@ import platform
 import socket
 import time
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 from uuid import uuid4
 
@@ -11,11 +12,12 @@ import torch
 
 from ddp_lib import __version__
 from ddp_lib.distributed.addresses import mtu_cure, other_interfaces, own_address
-from ddp_lib.distributed.coordination import StoreGroup, require_equal
+from ddp_lib.distributed.coordination import require_equal
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.nics import listening, name_networks, unreachable
 from ddp_lib.distributed.placement import Place, Seen, place
-from ddp_lib.distributed.probe import LARGE_LOST, connect_all
+from ddp_lib.distributed.probe import LARGE_LOST, connect_all, to_try
+from ddp_lib.distributed.store_group import Own, StoreGroup
 from ddp_lib.errors import PeerError, TransientError, UserError
 
 
@@ -49,61 +51,66 @@ def handshake(group: StoreGroup, rank_env: RankEnv, seen: Seen, timeout_s: float
             "versions": versions(),
             **probes,
         }
-        came = {rank_env.rank: mine}
 
         def check(rank: int, theirs: dict[str, Any]) -> None:
             if theirs["world_size"] != size:
-                raise UserError(
-                    f"WORLD_SIZE={size} for rank 0 on {host}, but {theirs['world_size']} for rank "
-                    f"{rank} on {theirs['host']}: set the same on every machine"
-                )
-            if came.setdefault(rank, theirs) is not theirs:
-                raise _taken(rank, came[rank]["host"], theirs["host"], size)
+                raise _other_size(size, host, theirs["world_size"], rank, theirs["host"])
 
-        def conclude(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def taken(theirs: dict[str, Any]) -> UserError:
+            return UserError(
+                f"RANK={rank_env.rank} is taken by another process: it is set on {theirs['host']} and on "
+                f"{host}; give each a number of its own, 0 to {size - 1}"
+            )
+
+        def conclude(ranks: list[dict[str, Any]]) -> Own:
             for name in ("ddp_lib", "torch"):  # Python's version may differ
                 answers = [(theirs["host"], theirs["versions"][name]) for theirs in ranks]
                 require_equal(name, answers, "install the same on every machine")
-            _place_all(ranks)
-            return ranks
+            places = place([Seen(**theirs["seen"]) for theirs in ranks])
+            hosts = [[name, len([*same])] for name, same in groupby(theirs["host"] for theirs in ranks)]
+            machines = [
+                {"rank": rank, **{name: theirs[name] for name in ("host", "probe", "nics")}}
+                for rank, theirs in enumerate(ranks)
+                if theirs["probe"]
+            ]
+            return Own([size, hosts, machines], [asdict(own) for own in places])
 
-        ranks = group.exchange("join", mine, timeout_s, conclude, check, deadline)
-        own = ranks[rank_env.rank] if rank_env.rank < len(ranks) else ranks[0]
-        if own["id"] != mine["id"]:  # this rank came too late: it is no concern of the others
-            raise PeerError(str(_taken(rank_env.rank, own["host"], host, size)))
+        answer, own = group.exchange("join", mine, timeout_s, conclude, check, deadline, taken=taken)
+        theirs, hosts, machines = answer
+        if own is None:  # this rank is none of the others'
+            raise PeerError(str(_other_size(theirs, hosts[0][0], size, rank_env.rank, host)))
         if not rank_env.one_machine:
             # The other local ranks wait while each machine's first tries its connections.
             until = max(deadline, time.monotonic() + timeout_s)
-            require_connections(group, ranks, rank_env.rank, timeout_s, until)
-    group.hosts = [theirs["host"] for theirs in ranks]
+            number = next((n for n, machine in enumerate(machines) if machine["rank"] == rank_env.rank), None)
+            require_connections(group, machines, number, timeout_s, until)
+    group.hosts = [name for name, count in hosts for _ in range(count)]
     if group.hosts_store:  # in an agent's store, the ranks of the next start would find it
         group.store.set("joined", f"{size} rank(s), of which {host} has number 0,")
-    return _place_all(ranks)[rank_env.rank]
+    return Place(**own)
 
 
-def _place_all(ranks: list[dict[str, Any]]) -> list[Place]:
-    return place([Seen(**theirs["seen"]) for theirs in ranks])
-
-
-def _taken(rank: int, first: str, second: str, size: int) -> UserError:
+def _other_size(first: int, first_host: str, size: int, rank: int, host: str) -> UserError:
     return UserError(
-        f"RANK={rank} is taken by another process: it is set on {first} and on {second}; "
-        f"give each a number of its own, 0 to {size - 1}"
+        f"WORLD_SIZE={first} for rank 0 on {first_host}, but {size} for rank {rank} on {host}: set the same "
+        "on every machine"
     )
 
 
 def require_connections(
     group: StoreGroup,
     machines: list[dict[str, Any]],
-    number: int,
+    number: int | None,
     timeout_s: float,
     deadline: float | None = None,
 ) -> None:
     """UserError, on every rank or machine, if one cannot connect to another. Tells NCCL of all networks that
-    lead to all machines. number: this one's; it tries connections if it listens itself."""
-    tries = bool(machines[number]["probe"])
-    trouble = connection_trouble(machines, number) if tries else ""
-    lost = unreachable(machines, number) if tries and not trouble else []
+    lead to all machines. number: this one's, if it is one of them; it tries connections if it listens itself.
+    """
+    trouble, lost = "", []
+    if number is not None and machines[number]["probe"]:
+        trouble = connection_trouble(machines, number)
+        lost = unreachable(machines, number) if not trouble else []
 
     def conclude(answers: list[tuple[str, list[str]]]) -> list[str]:
         for text in filter(None, (text for text, _ in answers)):
@@ -114,9 +121,9 @@ def require_connections(
     name_networks(machines, lost)
 
 
-def connection_trouble(ranks: list[dict[str, Any]], own_rank: int) -> str:
-    """Why this machine cannot connect to another; empty if it can connect to all."""
-    others = [theirs for rank, theirs in enumerate(ranks) if theirs["probe"] and rank != own_rank]
+def connection_trouble(machines: list[dict[str, Any]], number: int) -> str:
+    """Why this machine cannot connect to another; empty if it can connect to all that it tries."""
+    others = [machines[n] for n in to_try(len(machines), number) if machines[n]["probe"]]
     for theirs, link in zip(others, connect_all(t["probe"] for t in others), strict=True):
         if link.trouble:
             address, port = theirs["probe"]

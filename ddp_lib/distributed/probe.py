@@ -19,6 +19,8 @@ _CHUNK = 1 << 18
 _MOST_BYTES = 1 << 34
 # Bytes that go both ways in one piece. If the MTU is too large somewhere on the way, they do not arrive.
 LARGE = 1 << 16
+# Up to so many machines each connects to all others: all at once, which takes as long as for a single one.
+_AT_ONCE = 64
 LARGE_LOST = f"passes small packets, but not {LARGE >> 10} KiB"
 
 
@@ -106,9 +108,21 @@ def connect(address: str, port: int, pings: int = 1) -> Link:
         return Link(f"fails ({getattr(error, 'strerror', None) or error})")
 
 
+def to_try(machines: int, number: int) -> list[int]:
+    """To which of so many machines, counted from 0, number `number` connects.
+
+    To all others, or, of more than 64 machines, to those 1, 2, 4, 8 ... places further. Closed ports or a
+    wrong address, which concern a machine as a whole, are found all the same: each is tried by as many others
+    as it tries. A path between two of many machines that alone is closed may be missed.
+    """
+    if machines <= _AT_ONCE:
+        return [other for other in range(machines) if other != number]
+    return [(number + 2**bit) % machines for bit in range((machines - 1).bit_length())]
+
+
 def connect_all(probes: Iterable[tuple[str, int]], pings: int = 1) -> list[Link]:
     """`connect` to all at once, so that many closed ports cost no more time than a single one."""
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(lambda probe: connect(probe[0], probe[1], pings), probes))
 
 

@@ -24,11 +24,11 @@ from ddp_lib.distributed.addresses import (
     resolve,
     wait_until_true,
 )
-from ddp_lib.distributed.coordination import StoreGroup, wait_for
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.probe import LARGE_LOST
 from ddp_lib.distributed.relay import relay_other_family
-from ddp_lib.distributed.store_client import LargePacketsLost, connect_store, without_stderr
+from ddp_lib.distributed.store_client import LargePacketsLost, connect_store, wait_for, without_stderr
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import TransientError, UserError, first_line, limit_reached
 
 # Pause between two attempts to reach a master that is not there yet.

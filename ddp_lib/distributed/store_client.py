@@ -1,4 +1,4 @@
-"""A client of the key-value store: connects within a timeout, and notices if large packets get lost."""
+"""A client of the key-value store: connects within a timeout, notices if large packets get lost, waits."""
 
 import os
 import socket
@@ -19,6 +19,10 @@ from ddp_lib.distributed.probe import LARGE
 _GIVE_UP_S = 30.0
 # As soon as a store is reached, a large piece goes both ways, within so many seconds.
 _LARGE_S = 5.0
+# A wait inside C++ holds the connection and blocks signal handlers, so ranks wait in pieces this long.
+WAIT_S = 0.5
+# A value that no key has.
+_NO_VALUE = "\0"
 
 
 class LargePacketsLost(TimeoutError):
@@ -98,3 +102,29 @@ def without_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def wait(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Whether all keys are set within so many seconds."""
+    try:
+        store.wait(keys, timedelta(seconds=max(0.001, seconds)))
+        return True
+    except dist.DistStoreError:  # not yet
+        return False
+
+
+def read(store: dist.Store, key: str) -> str:
+    """The value of a key that is set, in one operation; `get` takes two. Changes nothing."""
+    return store.compare_set(key, _NO_VALUE, "").decode()
+
+
+def wait_for(store: dist.Store, key: str, deadline: float, wait_s: float = WAIT_S) -> str | None:
+    """The key's value as soon as it is set; None if it is not by the monotonic time `deadline`.
+
+    wait_s: seconds of one wait.
+    """
+    while True:
+        if wait(store, [key], min(wait_s, deadline - time.monotonic())):
+            return read(store, key)
+        if time.monotonic() >= deadline:
+            return None

@@ -19,12 +19,12 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from ddp_lib.distributed.addresses import own_addresses
-from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.device import thread_budget
 from ddp_lib.distributed.environment import RankEnv, read_rank_env, seconds_of
 from ddp_lib.distributed.handshake import handshake, versions
 from ddp_lib.distributed.placement import first_device, look, place, require_device
 from ddp_lib.distributed.store import open_store
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import (
     TransientError,
     UserError,

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.distributed.addresses import wait_until_true
-from ddp_lib.distributed.coordination import wait_for
+from ddp_lib.distributed.store_client import wait_for
 from ddp_lib.errors import TransientError, UserError
 from ddp_lib.launch.failure import RankFailure, cause_of, drop_half_written, name_log
 from ddp_lib.launch.flight_recorder import Calls, read_calls

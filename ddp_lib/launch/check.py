@@ -1,6 +1,6 @@
 """ddp-launch check: run it on every machine before training; it says why they would not train together.
 
-The machines meet as in training, at the master's port. Each listens where gloo would, connects to all others
+The machines meet as in training, at the master's port. Each listens where gloo would, connects to the others
 and reports. Every machine prints the same table, and one line per cause.
 """
 
@@ -25,11 +25,11 @@ from ddp_lib.distributed.addresses import (
     own_addresses,
     require_interfaces,
 )
-from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import read_rank_env
 from ddp_lib.distributed.handshake import versions
-from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all
+from ddp_lib.distributed.probe import Link, Probe, bandwidth, connect_all, to_try
 from ddp_lib.distributed.store import choose_interface, host_or_reach, wait_for_name
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import UserError, require_seconds
 from ddp_lib.launch.diagnosis import Measured, Report, causes, table
 from ddp_lib.launch.options import CheckOptions, LaunchOptions, count_ranks, read_launch
@@ -170,8 +170,9 @@ def _exchange_reports(
             f"{mine['size']}, or too late (all are to start within {_CAME * timeout_s:.0f} s)"
         )
     group.world_size = len(reports)
-    others = [n for n, theirs in enumerate(reports) if n != number and theirs["probe"]]
-    links = [Link("has no address" if n != number else "") for n in range(len(reports))]
+    tried = {0, *to_try(len(reports), number)} - {number}  # the master's clock is that of all
+    others = [n for n in sorted(tried) if reports[n]["probe"]]
+    links = {n: Link("has no address") for n in tried}
     for n, link in zip(others, connect_all((reports[n]["probe"] for n in others), _PINGS), strict=True):
         links[n] = link
     # All send at once, as a ring all-reduce does.
@@ -180,7 +181,7 @@ def _exchange_reports(
     if following != number and not links[following].trouble:
         address, port = reports[following]["probe"]
         rate = bandwidth(address, port, _LOAD_S, _left_s(measured))
-    own = {"links": [vars(link) for link in links], "rate": rate}
+    own = {"links": {str(n): vars(link) for n, link in links.items()}, "rate": rate}
     answers = group.exchange("measured", own, timeout_s, deadline=read, complete=False)
     if hosts:
         group.wait_until_read()

@@ -10,7 +10,7 @@ _LEAST_FREE = 1 << 30
 _CLOCK_S = 1.0
 
 Report = dict[str, Any]  # of one machine: see check.report
-# "links": its connection to each machine, "rate": bytes per second to the next.
+# "links": its connections to other machines by their numbers, "rate": bytes per second to the next.
 Measured = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def _who(reports: list[Report], waited_s: float) -> Iterator[str]:
 def _connections(reports: list[Report], measured: list[Measured | None]) -> Iterator[str]:
     hidden = set()
     for number, (report, own) in enumerate(zip(reports, measured, strict=True)):
-        seen_as = {link["seen_as"] for link in own["links"]} if own else set()
+        seen_as = {link["seen_as"] for link in own["links"].values()} if own else set()
         others = seen_as - {"", report["address"]}
         if others:
             hidden.add(number)
@@ -68,9 +68,9 @@ def _connections(reports: list[Report], measured: list[Measured | None]) -> Iter
             )
     for number, report in enumerate(reports):
         failed = [
-            f"{name(other)}'s connection {own['links'][number]['trouble']}"
+            f"{name(other)}'s connection {own['links'][str(number)]['trouble']}"
             for other, own in zip(reports, measured, strict=True)
-            if own and other is not report and own["links"][number]["trouble"]
+            if own and str(number) in own["links"] and own["links"][str(number)]["trouble"]
         ]
         if failed and number not in hidden:
             yield (
@@ -107,7 +107,7 @@ def _equal(reports: list[Report]) -> Iterator[str]:
 
 def _clocks(reports: list[Report], measured: list[Measured | None]) -> Iterator[str]:
     for report, own in zip(reports[1:], measured[1:], strict=True):
-        ahead_s = -own["links"][0]["clock_s"] if own else 0.0
+        ahead_s = -own["links"]["0"]["clock_s"] if own else 0.0
         if abs(ahead_s) > _CLOCK_S:
             where = f"{'ahead of' if ahead_s > 0 else 'behind'} {name(reports[0])}'s"
             yield (
@@ -155,14 +155,14 @@ def table(reports: list[Report], measured: list[Measured | None]) -> str:
 def _measured(number: int, own: Measured | None) -> list[str]:
     if own is None:
         return ["?"] * 4
-    others = [link for i, link in enumerate(own["links"]) if i != number]
-    good = [link["latency_s"] for link in others if not link["trouble"]]
+    links = own["links"].values()
+    good = [link["latency_s"] for link in links if not link["trouble"]]
     latency = f"{max(good) * 1e3:.2f} ms" if good else "-"
     ahead = "0 ms" if number == 0 else "-"
-    if number and not own["links"][0]["trouble"]:
-        ahead = f"{-own['links'][0]['clock_s'] * 1e3:+.0f} ms"
+    if number and not own["links"]["0"]["trouble"]:
+        ahead = f"{-own['links']['0']['clock_s'] * 1e3:+.0f} ms"
     rate = f"{own['rate'] * 8 / 1e9:.2f} Gbit/s" if own["rate"] else "-"
-    return [f"{len(good)} of {len(others)}", latency, rate, ahead]
+    return [f"{len(good)} of {len(links)}", latency, rate, ahead]
 
 
 def name(report: Report) -> str:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.handshake import require_connections
 from ddp_lib.distributed.nics import listening
 from ddp_lib.distributed.placement import why_no_gpu
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import TransientError, UserError, first_line
 from ddp_lib.launch.peers import Peers
 from ddp_lib.launch.ranks import Ranks
@@ -67,7 +67,7 @@ def compare_machines(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -
 
 
 def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
-    """Compares the launchers' machines, and connects all to all on ports that the system picks.
+    """Compares the launchers' machines, and connects them to each other on ports that the system picks.
 
     All of an elastic job's minimum of machines take part; a later machine only compares itself. UserError, on
     every machine, if they differ in a version, the script or its flags, or cannot connect. Prints a line if
@@ -88,19 +88,22 @@ def _compare(peers: Peers, ranks: Ranks, nproc: int, timeout_s: float) -> None:
         mine |= probes
         deadline = time.monotonic() + timeout_s
 
-        def conclude(machines: list[Machine]) -> list[Machine]:
+        def conclude(machines: list[Machine]) -> tuple[Machine, list[Machine]]:
             came = [machine for machine in machines if machine]
             if len(came) < size:
                 raise TransientError(peers.who_came(timeout_s))
             for other in came[1:]:
                 require_equal(came[0], other)
             require_gpus(came, ranks.needs_gpus)
-            return came
+            needed = ("host", "probe", "nics", "gpus", "model")
+            return came[0], [{name: machine[name] for name in needed} for machine in came]
 
-        machines = group.exchange("machines", mine, timeout_s, conclude, deadline=deadline, complete=False)
+        first, machines = group.exchange(
+            "machines", mine, timeout_s, conclude, deadline=deadline, complete=False
+        )
         if (number := group.rank or 0) >= size:  # one more of an elastic job, or a launcher started again
-            require_equal(machines[0], mine)
-            require_gpus([machines[0], mine], ranks.needs_gpus)
+            require_equal(first, mine)
+            require_gpus([first, mine], ranks.needs_gpus)
             machines = [*machines, mine]
         else:
             require_connections(group, machines, number, timeout_s)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ddp_lib.distributed.addresses import is_loopback, join_host, wait_until_true
-from ddp_lib.distributed.coordination import wait_for
+from ddp_lib.distributed.store_client import wait_for
 from ddp_lib.errors import MAY_PASS, WILL_FAIL_AGAIN, TransientError, UserError
 from ddp_lib.launch.options import Launch
 from ddp_lib.processes.identity import identify

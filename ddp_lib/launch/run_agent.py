@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from ddp_lib.distributed.addresses import join_host
-from ddp_lib.distributed.coordination import LINGER_S
+from ddp_lib.distributed.store_group import LINGER_S
 from ddp_lib.errors import MAY_PASS, NO_SHM, TransientError, UserError, first_line, limit_reached
 from ddp_lib.launch.agent import Agent
 from ddp_lib.launch.failure import RankFailure, say_where

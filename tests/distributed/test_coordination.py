@@ -4,16 +4,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from ddp_lib.distributed import coordination
-from ddp_lib.distributed.coordination import StoreGroup
+from ddp_lib.distributed import store_group
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.handshake import handshake
 from ddp_lib.distributed.placement import Place, Seen
+from ddp_lib.distributed.probe import to_try
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import PeerError, UserError
 
 TIMEOUT_S = 60.0
@@ -59,21 +61,65 @@ def join(group: StoreGroup) -> Place:
     env = RankEnv(group.rank, group.world_size, group.rank, group.world_size, 0, "127.0.0.1", 1)
     seen = Seen("here", "here", "gloo", env.local_rank, env.local_world_size)
     own = handshake(group, env, seen, TIMEOUT_S, time.monotonic() + TIMEOUT_S)
-    group.exchange("flags", {"--lr": 0.1}, TIMEOUT_S, lambda values: None)
+    group.exchange("flags", {"--lr": 0.1}, TIMEOUT_S, lambda values: None, answered=False)
     assert group.broadcast("job", "abc" if group.rank == 0 else None, TIMEOUT_S) == "abc"
     return own
 
 
-def test_operations_of_a_join_grow_with_the_number_of_ranks_and_no_faster(monkeypatch):
-    monkeypatch.setattr(coordination, "WAIT_S", TIMEOUT_S)  # a wait is one operation
-    total, most = {}, {}
+def test_each_rank_joins_in_as_many_operations_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(store_group, "WAIT_S", TIMEOUT_S)  # a wait is one operation
+    counts = {}
     for size in (4, 16, 64):
         ends, operations = on_ranks(size, join)
         why = "rank 0 on here: asked for"
         assert ends == [Place("cpu", "gloo", why, rank, size) for rank in range(size)]
-        total[size], most[size] = sum(operations), max(operations[1:])
-    assert most[4] == most[16] == most[64]
-    assert all(total[size] < 20 * size for size in total)  # rank 0 reads several posts at once if it can
+        assert len(set(operations[1:])) == 1
+        counts[size] = operations[:2]
+    assert counts[4] == counts[16] == counts[64]  # rank 0's, and each other's
+
+
+@pytest.mark.parametrize(
+    "other_size, wrong", [(3, "RANK=1 is taken by another process"), (4, "WORLD_SIZE=3 ")]
+)
+def test_a_wrong_number_is_everybodys_error(other_size, wrong):
+    """Three ranks, of which none has number 2; one that has a number twice, or another WORLD_SIZE."""
+    shared, ends = dist.HashStore(), []
+
+    def run(rank: int, size: int) -> None:
+        try:
+            group = StoreGroup(shared, rank, size)
+            with group.publishing_errors():
+                join(group)
+        except UserError as error:
+            ends.append(str(error))
+
+    others = [(0, 3), (1, 3), (1 if other_size == 3 else 2, other_size)]
+    threads = [threading.Thread(target=run, args=args) for args in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert len(ends) == 3 and all(wrong in end for end in ends), ends
+
+
+@pytest.mark.parametrize("rank, wrong", [(1, "RANK=1 is taken"), (2, "WORLD_SIZE=2 for rank 0")])
+def test_a_rank_too_many_is_its_own_error(rank, wrong):
+    shared = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(join, [StoreGroup(shared, rank, 2) for rank in range(2)]))
+    late = StoreGroup(shared, rank, max(2, rank + 1))
+    with pytest.raises(PeerError, match=wrong):
+        join(late)
+    assert late.published_error() is None
+
+
+@pytest.mark.parametrize("machines", [2, 64, 65, 300])
+def test_every_machine_is_tried_by_as_many_others_as_it_tries(machines):
+    tried = [to_try(machines, number) for number in range(machines)]
+    counts = Counter(other for others in tried for other in others)
+    assert all(number not in others for number, others in enumerate(tried))
+    assert {counts[number] for number in range(machines)} == {len(set(others)) for others in tried}
+    assert len(tried[0]) == (machines - 1 if machines <= 64 else (machines - 1).bit_length())
 
 
 def test_every_rank_gets_what_rank_0_concludes():
@@ -83,14 +129,14 @@ def test_every_rank_gets_what_rank_0_concludes():
     assert ends == [3, 3, 3]
 
 
-@pytest.mark.parametrize("failing", [0, 2])
-def test_the_error_of_a_rank_that_leaves_reaches_those_that_wait(failing):
+@pytest.mark.parametrize("failing, answered", [(0, True), (2, True), (0, False)])
+def test_the_error_of_a_rank_that_leaves_reaches_those_that_wait(failing, answered):
     def work(group: StoreGroup) -> None:
         if group.rank == failing:
             error = UserError("the disk is full")
             group.publish_error(error)
             raise error
-        group.exchange("x", 1, TIMEOUT_S)
+        group.exchange("x", 1, TIMEOUT_S, answered=answered)
 
     ends, _ = on_ranks(4, work)
     for rank, error in enumerate(ends):
@@ -99,11 +145,12 @@ def test_the_error_of_a_rank_that_leaves_reaches_those_that_wait(failing):
         assert rank == failing or str(error).startswith(f"rank {failing} on ")
 
 
-def test_an_error_of_rank_0s_conclusion_is_everybodys():
+@pytest.mark.parametrize("answered", [True, False])
+def test_an_error_of_rank_0s_conclusion_is_everybodys(answered):
     def refuse(values: list[Any]) -> None:
         raise UserError("they differ")
 
-    ends, _ = on_ranks(3, lambda group: group.exchange("x", 1, TIMEOUT_S, refuse))
+    ends, _ = on_ranks(3, lambda group: group.exchange("x", 1, TIMEOUT_S, refuse, answered=answered))
     assert [str(end) for end in ends] == ["they differ"] * 3
 
 

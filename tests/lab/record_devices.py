@@ -43,9 +43,9 @@ import ddp_lib
 from ddp_lib import World
 from ddp_lib.data import dataset
 from ddp_lib.distributed import world
-from ddp_lib.distributed.coordination import StoreGroup
 from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.placement import Place, Seen, place
+from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import UserError
 from ddp_lib.notebook import hang_lab
 

@@ -15,7 +15,7 @@ def test_a_healthy_pair_has_no_causes():
 
     def row(number: int) -> dict:
         link = {"trouble": "", "seen_as": f"10.0.0.{number}", "latency_s": 1e-3, "clock_s": 0.0}
-        return {"links": [link, link], "rate": 1e9}
+        return {"links": {str(1 - number): link}, "rate": 1e9}
 
     rows = [row(0), row(1)]
     assert causes([machine(0), machine(1)], rows, 15) == []
