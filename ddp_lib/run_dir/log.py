@@ -12,13 +12,16 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import TransientError, UserError, limit_reached
+from ddp_lib.run_dir import step_lines
 from ddp_lib.run_dir.export import Export
 
 if TYPE_CHECKING:
@@ -27,11 +30,6 @@ if TYPE_CHECKING:
 # Other files of the folder: two of the package's training, the same in runs of version 1.0, and one that
 # names the job that has the folder, and the rank that writes there.
 CONFIG, SUMMARY, SIGNATURE = "config.json", "summary.json", ".job"
-# Columns of the table of steps.
-_COLUMNS = {
-    **dict.fromkeys(("rank", "start", "epoch", "step", "samples"), "int64"),
-    **dict.fromkeys(("loss", "lr", "data_s", "compute_s", "step_s", "time"), "float64"),
-}
 LogSize = list[int]  # of a log: its rank, number of starts, bytes; a list, since it is sent as JSON
 
 
@@ -80,7 +78,8 @@ class RunLog(AbstractContextManager["RunLog"]):
     def start(self, **fields: Any) -> None:
         """The first line of every start; numbers the starts of this rank from 0."""
         fields = {"time": time.time(), **fields, "rank": self.rank}
-        earlier = sum(line.get("event") == "start" for line in _lines(self.path)) if self.path.exists() else 0
+        lines = step_lines.read_events(self.path) if self.path.exists() else ()
+        earlier = sum(line["event"] == "start" for line in lines)
         self.write(event="start", start=earlier, **fields)
         self.start_timer()
 
@@ -111,8 +110,8 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def has_epoch(self, epoch: int) -> bool:
         """Whether the end of this epoch, from 0, is in the log."""
-        lines = _lines(self.path) if self.path.exists() else ()
-        return any(line.get("event") == "epoch" and line.get("epoch") == epoch for line in lines)
+        lines = step_lines.read_events(self.path) if self.path.exists() else ()
+        return any(line["event"] == "epoch" and line.get("epoch") == epoch for line in lines)
 
     def digest(self, step: int, sha256: str) -> None:
         """Of this rank's parameters before step number `step`: equal on all ranks while replicas agree."""
@@ -154,21 +153,47 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     the last row of each rank and step. `superseded` keeps the earlier rows too, marked in a column
     `superseded`. Skips half-written lines. UserError if `folder` holds no log.
     """
+    import numpy as np
     import pandas as pd
 
-    lines = list(_numbered_lines(folder))
-    steps = [line for line in lines if "event" not in line and line.keys() >= _COLUMNS.keys()]
-    table = pd.DataFrame(steps, columns=list(_COLUMNS)).astype(_COLUMNS)
-    old = table.duplicated(["rank", "step"], keep="last")
-    for restart in (line for line in lines if line.get("event") == "start" and line["rank"] == 0):
+    names = ["rank", *step_lines.COLUMNS, *(["superseded"] if superseded else [])]
+    types = {"rank": "int64", "superseded": "bool", **step_lines.TYPES}
+    table = {name: np.empty(0, types[name]) for name in names}
+    restarts: list[dict[str, Any]] = []
+    logs = _require_logs(folder)
+    # Freed at once: since glibc has seen such a piece, it keeps smaller ones that are freed, and does not get
+    # them from the system again and again.
+    np.empty(2**24, np.uint8)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for rank, (log, starts) in zip(logs, pool.map(step_lines.read_steps, logs.values()), strict=True):
+            restarts = starts if rank == 0 else restarts
+            log = {"rank": np.full(len(log["step"]), rank), **_in_order(rank, log, restarts)}
+            if not superseded and log["superseded"].any():
+                log = {name: column[~log["superseded"]] for name, column in log.items()}
+            for name, column in table.items():
+                rows = len(column)
+                # In place: the table may be most of what memory there is.
+                column.resize(rows + len(log[name]), refcheck=False)
+                column[rows:] = log[name]
+    return pd.DataFrame(table, copy=False)
+
+
+def _in_order(rank: int, log: step_lines.Columns, restarts: list[dict[str, Any]]) -> step_lines.Columns:
+    """A rank's steps in order, with a column `superseded`. restarts: the starts of rank 0."""
+    import numpy as np
+    import pandas as pd
+
+    step, old = log["step"], np.zeros(len(log["step"]), bool)
+    ordered = (step[1:] > step[:-1]).all()
+    if not ordered:
+        old = pd.Series(step).duplicated(keep="last").to_numpy()
+    for restart in restarts:
         # Resumed on fewer ranks: the ranks that are gone cannot repeat their steps.
-        gone = table["rank"] >= restart.get("world_size", float("inf"))
-        old |= gone & (table["step"] >= restart.get("step", 0)) & (table["time"] < restart["time"])
-    table["superseded"] = old
-    table = table.sort_values(["rank", "step", "start"], kind="stable", ignore_index=True)
-    if superseded:
-        return table
-    return table[~table["superseded"]].drop(columns="superseded").reset_index(drop=True)
+        if rank >= restart.get("world_size", float("inf")):
+            old = old | ((step >= restart.get("step", 0)) & (log["time"] < restart["time"]))
+    log = {**log, "superseded": old}
+    order = slice(None) if ordered else np.lexsort((log["start"], step))
+    return {name: column[order] for name, column in log.items()}
 
 
 def read_events(folder: str | Path) -> "pd.DataFrame":
@@ -177,7 +202,13 @@ def read_events(folder: str | Path) -> "pd.DataFrame":
     `folder` holds no log."""
     import pandas as pd
 
-    events = [line for line in _numbered_lines(folder) if "event" in line]
+    events = []
+    for rank, path in _require_logs(folder).items():
+        start = 0
+        for line in step_lines.read_events(path):
+            if line["event"] == "start":
+                start = int(line.get("start", 0))
+            events.append({**line, "rank": rank, "start": start})
     first = ["event", "rank", "start"]
     others = dict.fromkeys(name for line in events for name in line if name not in first)
     return pd.DataFrame(events, columns=[*first, *others])
@@ -200,25 +231,9 @@ def log_sizes(folder: Path) -> list[LogSize]:
     return [[rank, log.count(b'"event": "start"'), len(log)] for rank, log in logs]
 
 
-def _numbered_lines(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of all ranks, in rank order, with `rank` and `start` filled in."""
+def _require_logs(folder: str | Path) -> dict[int, Path]:
     logs = logs_in(folder)
     if not logs:
         what = "holds no rank<R>.jsonl" if Path(folder).is_dir() else "is not a folder"
         raise UserError(f"{folder} {what}: name the folder of a run, such as runs/demo")
-    for rank, path in logs.items():
-        start = 0
-        for line in _lines(path):
-            if line.get("event") == "start":
-                start = int(line.get("start", 0))
-            yield {**line, "rank": rank, "start": start}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; skips lines that a kill or a full disk left half-written."""
-    with open(path, "rb") as file:
-        for text in file:
-            with suppress(ValueError):  # also raised for bytes that are not UTF-8
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    yield line
+    return logs
