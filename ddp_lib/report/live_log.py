@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,6 +53,15 @@ class RankLog:
                 ValueError, TypeError, KeyError, AttributeError
             ):  # half-written, or somebody else's
                 self._line(json.loads(text))
+
+    def skip(self) -> None:
+        """What comes next is not the continuation: lines between are left out."""
+        self._rest, self._last = b"", math.nan
+
+    def replace_events(self, lines: Iterable[dict[str, Any]]) -> None:
+        """lines: all events of this log; those between the pieces that were fed are new."""
+        self.events = [line for line in lines if line["event"] in ("start", "epoch")]
+        self.start = next((line for line in reversed(self.events) if line["event"] == "start"), self.start)
 
     def _line(self, line: dict[str, Any]) -> None:
         match line.get("event"):

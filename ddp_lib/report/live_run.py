@@ -5,7 +5,7 @@ import math
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddp_lib.config import TrainConfig
 from ddp_lib.errors import UserError
@@ -20,15 +20,22 @@ from ddp_lib.report.compare_ranks import (
 )
 from ddp_lib.report.live_log import RankLog, ratio
 from ddp_lib.run_dir.log import CONFIG, SIGNATURE, SUMMARY, logs_in
+from ddp_lib.run_dir.step_lines import read_events as read_event_lines
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _PIECE = 2**20  # bytes read at once
+# If there are more bytes at the first look, so many are read of them, in pieces from all over each log.
+_AT_FIRST, _SAMPLE = 2**25, 2**14
 
 
 class LiveRun:
-    """The run in `folder`, which `look` brings up to date. Writes nothing and locks nothing."""
+    """The run in `folder`, which `look` brings up to date. Writes nothing and locks nothing.
+
+    Of logs that are long already, the first look reads only their beginning, their end, and pieces between;
+    of the first rank all events.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -59,16 +66,22 @@ class LiveRun:
                 self._forget()
                 break
         new = False
+        unread = sum(stats[rank].st_size for rank in paths if rank not in self._read)
         for rank, path in paths.items():
             done = self._read.get(rank, (0, 0))[1]
             if stats[rank].st_size == done:
                 continue
             log = self.logs.setdefault(rank, RankLog())
+            samples = rank not in self._read and unread > _AT_FIRST
             with open(path, "rb") as file:
+                if samples:
+                    done = _sample(log, file, stats[rank].st_size, _AT_FIRST // len(paths))
                 file.seek(done)
                 while piece := file.read(_PIECE):
                     log.feed(piece)
                     done += len(piece)
+            if samples and rank == min(paths):
+                log.replace_events(read_event_lines(path))
             log.written = stats[rank].st_mtime
             self._read[rank] = (stats[rank].st_ino, done)
             new = True
@@ -159,6 +172,17 @@ class LiveRun:
         first = ["event", "rank", "start"]
         others = dict.fromkeys(name for event in events for name in event if name not in first)
         return steps, pd.DataFrame(events, columns=[*first, *others]), width
+
+
+def _sample(log: RankLog, file: BinaryIO, size: int, most: int) -> int:
+    """Feeds `log` about `most` bytes of the first `size` of its file; returns where the last piece begins."""
+    last = max(0, size - _SAMPLE)
+    count = max(2, most // _SAMPLE)
+    for number in range(count - 1):
+        file.seek(last * number // (count - 1))
+        log.feed(file.read(_SAMPLE))
+        log.skip()
+    return last
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from ddp_lib.errors import UserError
+from ddp_lib.report import live_run
 from ddp_lib.report.live_log import RECENT, RankLog
 from ddp_lib.report.live_run import LiveRun
 from ddp_lib.report.plots import draw_steps
@@ -98,6 +99,31 @@ def test_reads_only_what_is_new(tmp_path, monkeypatch):
         log.write(**step(60))
     assert run.look() and run.step == 60
     assert fed == [size, (tmp_path / "rank0.jsonl").stat().st_size - size]
+
+
+def test_of_a_long_run_the_first_look_reads_pieces(tmp_path, monkeypatch):
+    """They say of it what the whole logs say, and what comes later is read as of any run."""
+    monkeypatch.setattr(live_run, "_SAMPLE", 2**14)
+    write(tmp_path, ranks=2, steps=3000, change=lambda rank, n: {"data_s": 0.03 * rank, "compute_s": 0.021})
+    with RunLog(tmp_path, 0) as log:
+        log.epoch(0, 3000, test_accuracy=0.5)
+        for n in range(3000, 3500):
+            log.write(**step(n))
+    whole, part = LiveRun(tmp_path), LiveRun(tmp_path)
+    whole.look()
+    fed, feed = [], RankLog.feed
+    monkeypatch.setattr(RankLog, "feed", lambda log, data: (fed.append(len(data)), feed(log, data)))
+    monkeypatch.setattr(live_run, "_AT_FIRST", 2**17)
+    for new in (0, 100):
+        with RunLog(tmp_path, 0) as log:
+            for n in range(3500, 3500 + new):
+                log.write(**step(n))
+        assert [whole.look(), part.look()] == [bool(new), True]
+        assert part.logs[0].recent == whole.logs[0].recent and part.logs[0].events == whole.logs[0].events
+        assert (part.step, part.waiting, part.test_accuracy) == (whole.step, whole.waiting, 0.5)
+        assert [w.kind for w in part.warnings()] == [w.kind for w in whole.warnings()]
+        assert part.logs[0].longest_pause_s < 2  # what was left out is no pause
+    assert sum(fed) < 2**17 + 2 * 100 * 250
 
 
 def test_a_run_begun_afresh_is_read_from_the_beginning(tmp_path):
