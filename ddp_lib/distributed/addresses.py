@@ -4,6 +4,7 @@ torch resolves the machine's own name. That is often wrong: Debian's installer m
 containers it may not resolve. The address on the route to the master works.
 """
 
+import encodings.idna  # noqa: F401  # getaddrinfo would import it in each rank; so the fork server does
 import os
 import socket
 import time
