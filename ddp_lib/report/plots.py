@@ -27,6 +27,7 @@ _DASHES = ((4, 1), (1, 1), (6, 1, 1, 1), (9, 2), (4, 1, 1, 1, 1, 1), (2, 2))
 _LINE_STYLES: tuple[LineStyle, ...] = ("-", *((0, dashes) for dashes in _DASHES))
 _MANY_RANKS = 8  # with more ranks: thinner lines, and no faint unsmoothed lines behind them
 _LEGEND_RANKS = 24
+_MOST_ROWS = 2**20  # of the table of steps; of more, some steps become one
 
 
 def rank_style(rank: int) -> tuple[str, LineStyle]:
@@ -58,7 +59,23 @@ def draw_run(folder: str | Path) -> "Figure":
         raise UserError(f"{folder} has no step in its logs yet: plot it when the run has begun")
     steps, ranks = log["step"].nunique(), log["rank"].nunique()
     title = f"{Path(folder).resolve().name}: {ranks} rank{'s' if ranks > 1 else ''}, {steps:,} steps"
-    return draw_steps(log, events, title)
+    width = 1
+    while len(log) > _MOST_ROWS * width:
+        width *= 2
+    return draw_steps(log if width == 1 else thin(log, width), events, title, width)
+
+
+def thin(log: "pd.DataFrame", width: int) -> "pd.DataFrame":
+    """A row for every `width` steps of a rank: their samples, the mean loss over these, and their seconds."""
+    import numpy as np
+    import pandas as pd
+
+    rank, part = log["rank"].to_numpy(), log["step"].to_numpy() // width
+    begins = np.flatnonzero(np.diff(rank, prepend=-1) | np.diff(part, prepend=-1))
+    samples, step_s = (np.add.reduceat(log[name].to_numpy(), begins) for name in ("samples", "step_s"))
+    loss = np.add.reduceat((log["loss"] * log["samples"]).to_numpy(), begins) / samples
+    columns = {"rank": rank[begins], "step": part[begins] * width}
+    return pd.DataFrame({**columns, "samples": samples, "loss": loss, "step_s": step_s})
 
 
 def draw_steps(log: "pd.DataFrame", events: "pd.DataFrame", title: str, width: int = 1) -> "Figure":

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from ddp_lib.errors import UserError
+from ddp_lib.report import plots
 from ddp_lib.report.plots import draw_run, global_mean, plot_run, rank_style
 from ddp_lib.run_dir.log import RunLog, read_run
 
@@ -167,3 +168,20 @@ def test_pyplot_stays_out(tmp_path):
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_of_many_rows_some_steps_become_one(tmp_path, monkeypatch):
+    write_run(tmp_path, ranks=3, steps=range(10))
+    log = read_run(tmp_path)
+    thinned = plots.thin(log, 4)
+    assert thinned[["rank", "step"]].values.tolist() == [
+        [rank, step] for rank in range(3) for step in (0, 4, 8)
+    ]
+    for name in ("samples", "step_s"):
+        assert thinned[name].sum() == pytest.approx(log[name].sum())
+    total = (log["loss"] * log["samples"]).sum()
+    assert (thinned["loss"] * thinned["samples"]).sum() == pytest.approx(total)
+    monkeypatch.setattr(plots, "_MOST_ROWS", 8)
+    figure = draw_run(tmp_path)
+    lines = [line for line in figure.axes[0].get_lines() if line.get_label() == "rank 2"]
+    assert list(lines[0].get_xdata()) == [0, 4, 8]
