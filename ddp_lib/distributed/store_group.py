@@ -228,8 +228,9 @@ class StoreGroup:
         )
 
     def wait_until_read(self) -> None:
-        """Makes the store's host wait, at most LINGER_S, until the others have read the last answer."""
-        until = time.monotonic() + LINGER_S
+        """Makes the store's host wait, at most LINGER_S or two waits, until the others have read the last
+        answer."""
+        until = time.monotonic() + max(LINGER_S, 2 * self._wait_s)
         with suppress(RuntimeError):
             came = sum(self.store.check([f"call/0/{rank}"]) for rank in range(1, self.world_size))
             wait_until_true(lambda: self.store.add("read", 0) >= came, until)
