@@ -133,6 +133,8 @@ bench-full: $(INSTALLED) ## run all benchmarks, with more runs: DATA=folder of i
 	$(BIN)/python benchmarks/resume.py --rounds 5
 	$(BIN)/python benchmarks/scaling.py --full --steps 20
 	$(BIN)/python benchmarks/watch.py reading
+	$(BIN)/python benchmarks/many_ranks.py
+	$(BIN)/python benchmarks/long_logs.py
 	$(BIN)/python benchmarks/memory.py --data "$(DATA)"
 	$(BIN)/python benchmarks/accuracy.py --data "$(DATA)"
 	$(BIN)/python benchmarks/gpu.py --data "$(DATA)"

@@ -100,8 +100,8 @@ def main() -> None:
             {"name": f"{what}{until}, memory", "unit": "GB", "runs": [round(run / 1e9, 3) for run in memory]},
         ]
         findings.append(
-            f"{what}{until}, of {size}: {statistics.median(seconds):.1f} s, "
-            f"{statistics.median(memory) / 1e9:.2f} GB."
+            f"{what}{until}, of {size}: {statistics.median(seconds):.1f} s, with "
+            f"{statistics.median(cpu_s):.1f} s of CPU time, {statistics.median(memory) / 1e9:.2f} GB."
         )
     what = (
         f"{size} ({total / 1e9:.1f} GB of logs, {DIFFERENT} different ones, in the page cache), each way in "

@@ -6,22 +6,33 @@ python benchmarks/many_ranks.py [--rounds 5] [--ranks 64] [--clients 64 256 1024
   World.join, or init_process_group with gloo, to the end of the first barrier on all.
 - Simulated clients of the store: threads of some processes, each with a connection of its own. They compare a
   value, and exchange one for an answer. Beside them, the same clients at a bare TCPStore: each sets one key
-  and waits for another, which the last of them sets. Also the operations of client 1, counted.
+  and waits for another, which the last of them sets.
+
+- What grows how with the number of ranks: operations, counted; connections; files.
 
 The ways take turns in each round, so that a moment in which the machine is busy affects both alike.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 from report import save, table
 
 from ddp_lib import World, run_ranks
+from ddp_lib.distributed import store_group
+from ddp_lib.distributed.environment import RankEnv
+from ddp_lib.distributed.handshake import handshake
+from ddp_lib.distributed.placement import Seen
+from ddp_lib.distributed.probe import to_try
 from ddp_lib.distributed.store_group import StoreGroup
 
 TIMEOUT_S = 600.0
@@ -41,11 +52,8 @@ def by_torch() -> tuple[float, float]:
 
 
 def by_world() -> tuple[float, float]:
-    import torch.distributed as dist
-
     began = time.time()
-    with World.join(backend="gloo", log=lambda line: None):
-        dist.barrier()
+    with World.join(backend="gloo", log=lambda line: None):  # it ends with a barrier
         return began, time.time()
 
 
@@ -71,29 +79,58 @@ def exchange(store: Any, rank: int, size: int, answered: bool = True) -> None:
 WAYS = {"bare store": bare, "compare": compare, "exchange": exchange}
 
 
-class Counted:
-    """A store, and how often it was called."""
+class Enough(Exception):
+    pass
 
-    def __init__(self, store: Any) -> None:
-        self.store, self.calls = store, 0
+
+class Counted:
+    """A store, how often it was called, and whether the rank may wait there."""
+
+    def __init__(self, store: Any, waits: bool) -> None:
+        self.store, self.waits, self.calls = store, waits, 0
 
     def __getattr__(self, name: str) -> Any:
+        if name == "wait" and not self.waits:
+            raise Enough
         self.calls += 1
         return getattr(self.store, name)
 
 
-def operations(way: Any, size: int) -> int:
-    """How many client 1 makes, of so many in this process."""
+def operations(way: Any, size: int) -> tuple[int, int]:
+    """How many rank 0 and rank 1 make, of so many, if the others have come."""
     import torch.distributed as dist
 
-    stores = [Counted(dist.HashStore())]
-    stores += [Counted(stores[0].store) for _ in range(size - 1)]
-    threads = [threading.Thread(target=way, args=(store, n, size)) for n, store in enumerate(stores)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return stores[1].calls
+    shared = dist.HashStore()
+    for rank in range(2, size):
+        with suppress(Enough):
+            way(Counted(shared, False), rank, size)
+    stores = [Counted(shared, True), Counted(shared, True)]
+    with patch.object(store_group, "WAIT_S", TIMEOUT_S), ThreadPoolExecutor() as pool:
+        list(pool.map(way, stores, range(2), [size, size]))
+    return stores[0].calls, stores[1].calls
+
+
+def shake_hands(store: Any, rank: int, size: int) -> None:
+    env = RankEnv(rank, size, rank, size, 0, "127.0.0.1", 1)
+    seen = Seen("here", "here", "gloo", rank, size)
+    handshake(StoreGroup(store, rank, size), env, seen, TIMEOUT_S, time.monotonic() + TIMEOUT_S)
+
+
+def growth(sizes: list[int], comparing_s: list[float]) -> list[dict[str, str]]:
+    """What grows how with the number of ranks: counted here for `sizes`, and the seconds of a comparison."""
+    by_what: dict[str, list[Any]] = {}
+    for what, way in {"join": shake_hands, "comparison": compare, "exchange": exchange}.items():
+        counts = [operations(way, size) for size in sizes]
+        by_what[f"store operations of a rank, {what}"] = [other for _, other in counts]
+        by_what[f"store operations of rank 0, {what}"] = [first for first, _ in counts]
+    by_what["seconds of a comparison, all ranks at one store"] = [f"{run:.3f}" for run in comparing_s]
+    by_what["connections to the store"] = sizes
+    by_what["connections that a machine tries, of so many machines"] = [len(to_try(n, 0)) for n in sizes]
+    by_what["log files"] = sizes
+    return [
+        {"what": what, **{f"N = {n:,}": f"{value}" for n, value in zip(sizes, values, strict=True)}}
+        for what, values in by_what.items()
+    ]
 
 
 def hold_clients(port: int, size: int, rounds: int) -> list[tuple[float, float]]:
@@ -150,6 +187,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
     parser.add_argument("--clients", type=int, nargs="*", default=[64, 256, 1024, 4096])
     options = parser.parse_args()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection of each client
     rows, findings = [], []
 
     def add(what: str, seconds: dict[str, list[float]], first: str) -> None:
@@ -170,15 +209,28 @@ def main() -> None:
         add(f"{size} ranks", times, "init_process_group")
     for size in options.clients:
         add(f"{size} clients", measure_clients(size, options.rounds), "bare store")
-    for name, way in WAYS.items():
-        counts = [operations(way, size) for size in (64, 256)]
-        rows.append({"name": f"client 1 of 64 and of 256, {name}", "unit": "operations", "runs": counts})
+    medians = [
+        statistics.median(row["runs"])
+        for row in rows
+        if row["name"] in [f"{n} clients, compare" for n in options.clients]
+    ]
     what = (
         "From the first rank's call to the end of the first barrier on all, ranks started by run_ranks; and "
         "what simulated clients do at a store, of which "
-        f"{HOLDERS + 1} processes hold all: compare a value, or exchange one."
+        f"{HOLDERS + 1} processes hold all: compare a value (2 operations of each, as at the bare store), or "
+        f"exchange one for an answer (3). The computer's load average was {os.getloadavg()[0]:.0f}."
     )
     print(table(save("many_ranks", "Many ranks", what, rows, findings)["rows"]))
+    what = (
+        "Operations counted on a store in one process; a comparison is one of those below (Many ranks). "
+        "Beside these, gloo connects each rank with every other."
+    )
+    finding = (
+        "A rank makes as many store operations however many there are; seconds at the one store grow with N; "
+        "of more than 64 machines each tries to connect to log2(N) others."
+    )
+    rows = growth(options.clients, medians)
+    print(table(save("growth", "What grows how with the number of ranks", what, rows, [finding])["rows"]))
 
 
 if __name__ == "__main__":
