@@ -11,8 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from io import FileIO
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_lib.distributed.device import usable_cores
 from ddp_lib.errors import TransientError, UserError, limit_reached
+from ddp_lib.processes.forkserver import context, no_main_module
 from ddp_lib.run_dir import step_lines
 from ddp_lib.run_dir.export import Export
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # Other files of the folder: two of the package's training, the same in runs of version 1.0, and one that
 # names the job that has the folder, and the rank that writes there.
 CONFIG, SUMMARY, SIGNATURE = "config.json", "summary.json", ".job"
+# Bytes of logs that one core reads in about a second.
+_LONG = 2**28
 LogSize = list[int]  # of a log: its rank, number of starts, bytes; a list, since it is sent as JSON
 
 
@@ -156,18 +159,15 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     import numpy as np
     import pandas as pd
 
-    names = ["rank", *step_lines.COLUMNS, *(["superseded"] if superseded else [])]
-    types = {"rank": "int64", "superseded": "bool", **step_lines.TYPES}
+    names = ["rank", *step_lines.TYPES, *(["superseded"] if superseded else [])]
+    types = {"rank": "int32", "superseded": "bool", **step_lines.TYPES}
     table = {name: np.empty(0, types[name]) for name in names}
     restarts: list[dict[str, Any]] = []
     logs = _require_logs(folder)
-    # Freed at once: since glibc has seen such a piece, it keeps smaller ones that are freed, and does not get
-    # them from the system again and again.
-    np.empty(2**24, np.uint8)
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for rank, (log, starts) in zip(logs, pool.map(step_lines.read_steps, logs.values()), strict=True):
+    with _map_files(logs.values()) as read:
+        for rank, (log, starts) in zip(logs, read, strict=True):
             restarts = starts if rank == 0 else restarts
-            log = {"rank": np.full(len(log["step"]), rank), **_in_order(rank, log, restarts)}
+            log = {"rank": np.full(len(log["step"]), rank, "int32"), **_in_order(rank, log, restarts)}
             if not superseded and log["superseded"].any():
                 log = {name: column[~log["superseded"]] for name, column in log.items()}
             for name, column in table.items():
@@ -176,6 +176,16 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
                 column.resize(rows + len(log[name]), refcheck=False)
                 column[rows:] = log[name]
     return pd.DataFrame(table, copy=False)
+
+
+@contextmanager
+def _map_files(paths: Collection[Path]) -> Iterator[Iterator[tuple[step_lines.Columns, list[dict[str, Any]]]]]:
+    """read_steps of each; on all cores if that takes seconds."""
+    if sum(path.stat().st_size for path in paths) < _LONG:
+        yield map(step_lines.read_steps, paths)
+        return
+    with no_main_module(), ProcessPoolExecutor(usable_cores(), context()) as pool:
+        yield pool.map(step_lines.read_steps, paths)
 
 
 def _in_order(rank: int, log: step_lines.Columns, restarts: list[dict[str, Any]]) -> step_lines.Columns:

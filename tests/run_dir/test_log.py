@@ -30,7 +30,7 @@ def test_a_table_of_all_ranks_in_order(tmp_path):
     assert list(table.columns) == COLUMNS
     assert list(table["rank"]) == [0] * 6 + [2] * 6 + [10] * 6
     assert list(table["step"]) == [*range(6)] * 3
-    assert [str(table[name].dtype) for name in COLUMNS] == ["int64"] * 5 + ["float64"] * 6
+    assert [str(table[name].dtype) for name in COLUMNS] == ["int32"] * 5 + ["float64"] * 6
 
 
 def test_each_line_is_in_the_file_at_once(tmp_path):

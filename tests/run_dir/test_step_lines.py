@@ -60,7 +60,7 @@ def by_json(path) -> pd.DataFrame:
             start = line.get("start", 0)
         if isinstance(line, dict) and "event" not in line and line.keys() >= step_line(0).keys():
             rows.append({**line, "start": start})
-    return pd.DataFrame(rows, columns=list(step_lines.COLUMNS)).astype(step_lines.TYPES)
+    return pd.DataFrame(rows, columns=list(step_lines.TYPES)).astype(step_lines.TYPES)
 
 
 def same(path) -> None:
@@ -69,7 +69,7 @@ def same(path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", step_lines.FLOATS)
+@pytest.mark.parametrize("name", [name for name, kind in step_lines.TYPES.items() if kind == "float64"])
 def test_every_float_comes_back_to_the_last_bit(tmp_path, name):
     lines = [json.dumps(step_line(step, **{name: value})) for step, value in enumerate(FLOATS)]
     path = tmp_path / "rank0.jsonl"
@@ -93,7 +93,7 @@ ODD = [
     json.dumps({**step_line(3), "more": 1}).encode(),
     json.dumps({"step": 3, **step_line(3)}).encode(),
     json.dumps({**step_line(3), "event": "mine"}).encode(),
-    json.dumps(step_line(10**12, epoch=-1, samples=10**8)).encode(),
+    json.dumps(step_line(10**9, epoch=-1, samples=10**8)).encode(),
     json.dumps(step_line(3)).replace("1.5", "1.5e0").encode(),
     json.dumps(step_line(3)).replace("1.5", "01.5").encode(),
     json.dumps(step_line(3)).replace("1.5", "1.").encode(),
