@@ -179,7 +179,7 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
 
 
 @contextmanager
-def _map_files(paths: Collection[Path]) -> Iterator[Iterator[tuple[step_lines.Columns, list[dict[str, Any]]]]]:
+def _map_files(paths: Collection[Path]) -> Iterator[Iterator[step_lines.Steps]]:
     """read_steps of each; on all cores if that takes seconds."""
     if sum(path.stat().st_size for path in paths) < _LONG:
         yield map(step_lines.read_steps, paths)

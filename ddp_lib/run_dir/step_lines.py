@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
@@ -36,9 +35,10 @@ _STEPS = msgspec.json.Decoder(Step)
 _BLOCK = 2**20  # bytes read at once
 
 Columns: TypeAlias = dict[str, NDArray[Any]]  # by name, see TYPES
+Steps: TypeAlias = tuple[Columns, list[dict[str, Any]]]
 
 
-def read_steps(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
+def read_steps(path: Path) -> Steps:
     """The steps of a log, in its order, and its "start" lines."""
     start, starts = 0, []
     parts: list[Columns] = [_columns([], 0)]
