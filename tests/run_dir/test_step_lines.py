@@ -4,11 +4,12 @@ import json
 import math
 import random
 import struct
+from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
 import pytest
 
-from ddp_lib.run_dir import step_lines
+from ddp_lib.run_dir import log, step_lines
 from ddp_lib.run_dir.log import read_events, read_run
 
 RANDOM = random.Random(1)
@@ -130,3 +131,21 @@ def test_steps_out_of_order_and_of_several_ranks_come_in_order(tmp_path):
     assert table[["rank", "step"]].values.tolist() == [[rank, step] for rank in (2, 10) for step in (3, 4, 5)]
     assert read_run(tmp_path, superseded=True)["superseded"].tolist() == [False, True, False, False] * 2
     assert read_events(tmp_path).empty
+
+
+def test_long_logs_are_read_by_several_processes_with_the_same_result(tmp_path, monkeypatch):
+    for rank in range(3):
+        lines = [step_line(step, loss=rank + 0.1) for step in range(50)]
+        (tmp_path / f"rank{rank}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    alone = read_run(tmp_path)
+    pools = []
+
+    class Pool(ProcessPoolExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            pools.append(self)
+
+    monkeypatch.setattr(log, "_LONG", 0)
+    monkeypatch.setattr(log, "ProcessPoolExecutor", Pool)
+    pd.testing.assert_frame_equal(read_run(tmp_path), alone)
+    assert len(pools) == 1
