@@ -133,6 +133,7 @@ def test_steps_out_of_order_and_of_several_ranks_come_in_order(tmp_path):
     assert read_events(tmp_path).empty
 
 
+@pytest.mark.process
 def test_long_logs_are_read_by_several_processes_with_the_same_result(tmp_path, monkeypatch):
     for rank in range(3):
         lines = [step_line(step, loss=rank + 0.1) for step in range(50)]
