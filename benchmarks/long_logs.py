@@ -4,7 +4,8 @@ python benchmarks/long_logs.py [--rounds 3] [--ranks 256] [--steps 100000] [--wh
 
 Writes the folder of such a run where temporary files go (TMPDIR), and removes it. Its logs are 16 files under
 the names of all ranks, so that it needs little of the disk; they are read as often as there are ranks. Each
-way is measured in a process of its own, from its start to its end, and to the first line that `watch` prints.
+way is measured in a process of its own, from its start to its end, and to the first line that `watch` prints:
+its memory is the proportional set size of the process and of those that it starts.
 """
 
 import argparse
@@ -16,11 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from select import select
 
+import psutil
 from report import save, table
 
 DIFFERENT = 16
+LOOK_S = 0.1  # between two looks at memory and CPU time
 WAYS = {
     "read_run": "from ddp_lib.run_dir.log import read_run; print(len(read_run({folder!r})))",
     "read_events": "from ddp_lib.run_dir.log import read_events; print(len(read_events({folder!r})))",
@@ -60,19 +65,26 @@ def lines(rank: int, ranks: int, steps: int) -> list[str]:
 
 
 def run(code: str, first_line: bool) -> tuple[float, float, float]:
-    """Seconds, seconds of CPU time, and most bytes of memory of a Python process."""
-    began = time.perf_counter()
+    """Seconds, seconds of CPU time, and most bytes of memory of a Python process and those that it starts."""
+    began, most = time.perf_counter(), 0.0
+    cpu_s: dict[int, float] = {}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        while not select([process.stdout], [], [], LOOK_S)[0]:  # it prints when it is done
+            memory = 0.0
+            for part in [(own := psutil.Process(process.pid)), *own.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    memory += part.memory_full_info().pss
+                    times = part.cpu_times()
+                    cpu_s[part.pid] = times.user + times.system
+            most = max(most, memory)
         seconds = time.perf_counter() - began
+        line = process.stdout.readline()
         if first_line:
             process.kill()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status
-        if not line or (status and not first_line):
+        if not line or (process.wait() and not first_line):
             raise SystemExit(f"failed: {code}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024.0
+    return seconds, sum(cpu_s.values()), most
 
 
 def main() -> None:
