@@ -193,7 +193,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[64, 8])
     parser.add_argument("--clients", type=int, nargs="*", default=[64, 256, 1024, 4096])
     options = parser.parse_args()
     began = time.monotonic()
