@@ -12,6 +12,9 @@ There are two more limits. In one the process keeps its freed memory, as in `fit
 all-reduce of one number after each step; it shows what waiting for the slower rank costs even before a
 gradient is sent.
 
+The three contenders run a second time with bf16 autocast, channels_last and tensors instead of pictures.
+Beside the limit stands what a product of two bf16 matrices reaches on the same cores.
+
 accelerate and Lightning need benchmarks/requirements.txt. If they are not installed, their rows are left
 out, and the findings say so.
 """
@@ -40,6 +43,7 @@ CONTENDERS = {
     "accelerate": ("with_accelerate.py", "accelerate"),
     "Lightning": ("with_lightning.py", "lightning"),
 }
+FAST = ", bf16, channels_last, tensors"
 
 
 def images_per_s(ended: list[float]) -> float:
@@ -54,20 +58,21 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def contender(script: str, steps: int, workers: int, data_dir: str) -> float:
+def contender(script: str, steps: int, workers: int, data_dir: str, fast: bool = False) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(RANKS), str(HERE / "contenders" / script)]
     command += ["--steps", str(steps), "--workers", str(workers), "--data-dir", data_dir]
+    command += ["--fast"] if fast else []
     line = next(line for line in run(command).splitlines() if line.startswith("{"))
     return images_per_s(json.loads(line)["ended"])
 
 
-def best_workers(data_dir: str) -> tuple[int, list[int]]:
+def best_workers(data_dir: str, fast: bool = False) -> tuple[int, list[int]]:
     """The number of DataLoader workers with which the conventional loop is fastest, and those tried."""
     from ddp_lib.data.dataset import load_dataset
 
     load_dataset("shapes", data_dir, log=lambda line: None)
-    speeds = {n: contender("conventional.py", 30, n, data_dir) for n in (0, 1, 2)}
+    speeds = {n: contender("conventional.py", 30, n, data_dir, fast) for n in (0, 1, 2)}
     return max(speeds, key=lambda n: speeds[n]), list(speeds)
 
 
@@ -133,6 +138,27 @@ def limit(
     arguments = (precision, layout, steps, keep_memory, synchronize)
     ranks = run_ranks(constant_batch, RANKS, *arguments, timeout_s=TIMEOUT_S)
     return statistics.mean(images_per_s(ended) for ended in ranks)
+
+
+def rates() -> tuple[float, float]:
+    """Runs on each rank: FLOP/s of a product of two bf16 matrices, and the FLOPs of an image, forward and
+    backward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ddp_lib import SimpleModel
+
+    torch.set_num_threads(1)
+    side = 2048
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16) for _ in range(2))
+    took = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        took.append(time.perf_counter() - began)
+    with FlopCounterMode(display=False) as counter:
+        SimpleModel()(torch.randn(2, 3, 32, 32)).sum().backward()
+    return 2 * side**3 / statistics.median(took), counter.get_total_flops() / 2
 
 
 def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
@@ -209,6 +235,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
+    from ddp_lib import run_ranks
+
     contenders = {
         name: script
         for name, (script, package) in CONTENDERS.items()
@@ -216,6 +244,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as data_dir:
         workers, workers_tried = best_workers(data_dir)
+        fast_workers, _ = best_workers(data_dir, fast=True)
         combinations = [
             (precision, layout) for precision in ("fp32", "bf16") for layout in ("NCHW", "channels_last")
         ]
@@ -223,18 +252,25 @@ def main() -> None:
         best = max(speeds, key=lambda each: speeds[each])
         runs: dict[str, list[float]] = {"ddp-launch train": []}
         runs |= {name: [] for name in contenders}
+        runs |= {name + FAST: [] for name in contenders}
         runs |= {"limit": [], KEEP_MEMORY: [], SYNCHRONIZED: []}
+        multiply: list[tuple[float, float]] = []
         for _ in range(options.rounds):
             runs["ddp-launch train"].append(ours(options.steps, data_dir))
             for name, script in contenders.items():
                 runs[name].append(contender(script, options.steps, workers, data_dir))
+                runs[name + FAST].append(contender(script, options.steps, fast_workers, data_dir, fast=True))
             runs["limit"].append(limit(*best, options.steps))
             runs[KEEP_MEMORY].append(limit(*best, options.steps, keep_memory=True))
             runs[SYNCHRONIZED].append(limit(*best, options.steps, keep_memory=True, synchronize=True))
+            multiply += run_ranks(rates, RANKS, timeout_s=TIMEOUT_S)
         parts = where_time_goes(options.steps, data_dir)
+    rate, flops = statistics.median(rate for rate, _ in multiply), multiply[0][1]
     median = {name: statistics.median(values) for name, values in runs.items()}
     speed = median["ddp-launch train"]
+    computed = flops * median[KEEP_MEMORY] / RANKS
     ratios = [f"{speed / median[name]:.2f} times as many as {name}" for name in contenders]
+    fast = [f"{speed / median[name + FAST]:.2f} times those of {name}" for name in contenders]
     findings = [
         f"`ddp-launch train` trains {speed:,.0f} images/s: {', '.join(ratios)}. This is "
         f"{speed / median['limit']:.2f} of the limit, {speed / median[KEEP_MEMORY]:.2f} of the limit if "
@@ -243,6 +279,12 @@ def main() -> None:
     ]
     findings += [f"{name} is not installed, and left out." for name in CONTENDERS if name not in contenders]
     findings += [
+        f"If these too compute in bf16 and channels_last, on images that stay tensors: {', '.join(fast)}. "
+        "What is left is ours; the rest of the factor is the recipe.",
+        f"An image takes {flops / 1e6:.0f} million floating-point operations, forward and backward: the "
+        f"limit with freed memory kept computes {computed / 1e9:.0f} GFLOP/s per core, "
+        f"{computed / rate:.2f} of what a product of two bf16 matrices of 2048 x 2048 does on the same "
+        f"cores ({rate / 1e9:.0f}).",
         f"The limit is highest with {best[0]} in {best[1]}; the conventional loop is fastest with "
         f"{workers} workers (tried: {', '.join(map(str, workers_tried))}).",
         parts,

@@ -6,13 +6,14 @@ from common import Job
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=True)
     job = Job()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if job.options.fast else "no")
     model = job.model()
     model, optimizer, loader = accelerator.prepare(model, job.optimizer(model), job.loader(shuffle=True))
     for images, labels in loader:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+        with accelerator.autocast():
+            loss = F.cross_entropy(model(images), labels)
         accelerator.backward(loss)
         optimizer.step()
         if job.step_ended():

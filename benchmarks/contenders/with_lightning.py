@@ -32,6 +32,7 @@ def main() -> None:
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy="ddp",
+        precision="bf16-mixed" if job.options.fast else "32-true",
         max_steps=job.options.steps,
         logger=False,
         enable_checkpointing=False,
