@@ -1,45 +1,54 @@
 """Accuracy by time and by epoch on real images: `fit` and the conventional loop.
 
-python benchmarks/accuracy.py --data FOLDER [--epochs 10] [--seeds 3]
+python benchmarks/accuracy.py --data FOLDER [--epochs 10] [--seeds 3] [--other CHECKOUT] [--keep FOLDER]
 
 FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. Both train the same
 SimpleModel for the same number of epochs, with the same schedule, on two ranks with one thread each. For
 each seed they run one after the other. The conventional loop uses the number of workers that is fastest
-on this machine. Only time spent training counts, not evaluation.
+on this machine. Only time spent training counts, not evaluation. --other: a checkout of another version,
+whose `fit` with its own defaults takes turns with this one's.
+
+Three seeds take hours. Each run is kept in a file of --keep as soon as it is done, with its machine, and is
+not done again there: after a stop, the same command goes on.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from report import save, table
+from report import machine, save, table, versions
 from throughput import ENVIRONMENT, HERE, RANKS, best_workers
 
 TIMEOUT_S = 8 * 3600
 LEVELS = (0.80, 0.85, 0.90)
+OURS, CONVENTIONAL, OTHER = "ddp-launch train", "conventional loop", "ddp-launch train of the other version"
 Curve = list[tuple[float, float]]  # one pair per epoch: seconds trained, test accuracy
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], checkout: str = "") -> str:
+    environment = ENVIRONMENT | ({"PYTHONPATH": checkout} if checkout else {})
     done = subprocess.run(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
     )
     return done.stdout
 
 
-def ours(data: str, data_dir: str, epochs: int, seed: int) -> Curve:
+def ours(data: str, data_dir: str, epochs: int, seed: int, checkout: str = "") -> Curve:
     from ddp_lib import read_run
     from ddp_lib.run_dir.log import read_events
 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ddp_lib.launch", "train", "--data", data]
         command += ["--data-dir", data_dir, "--nproc-per-node", str(RANKS), "--run-dir", folder]
-        run([*command, "--epochs", str(epochs), "--seed", str(seed)])
+        run([*command, "--epochs", str(epochs), "--seed", str(seed)], checkout)
         log, events = read_run(folder), read_events(folder)
     trained = log[log["rank"] == 0].groupby("epoch")["step_s"].sum().cumsum()
     accuracy = events[events["event"] == "epoch"]["test_accuracy"]
@@ -55,6 +64,22 @@ def conventional(data: str, data_dir: str, epochs: int, seed: int, workers: int)
     return [(epoch["seconds"], epoch["accuracy"]) for epoch in json.loads(line)["epochs"]]
 
 
+def kept(folder: Path, side: str, epochs: int, seed: int, train: Callable[[], Curve]) -> Curve:
+    """The curve of a run that is kept in `folder`, or else of a new one, which is then kept."""
+    about = {"side": side, "epochs": epochs, "seed": seed, "machine": machine(), "versions": versions()}
+    path = folder / f"{side.replace(' ', '-')}-{epochs}-epochs-seed{seed}.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        if {name: there[name] for name in about} != about:
+            raise SystemExit(f"{path} is of another machine or version: move it away, or name another --keep")
+        print(f"{side}, seed {seed}: kept, {there['curve'][-1][1]:.2%}", flush=True)
+        return [(seconds, accuracy) for seconds, accuracy in there["curve"]]
+    curve = train()
+    path.write_text(json.dumps({**about, "load": os.getloadavg(), "curve": curve}) + "\n")
+    print(f"{side}, seed {seed}: {curve[-1][1]:.2%} in {curve[-1][0]:.0f} s", flush=True)
+    return curve
+
+
 def seconds_to(level: float, curve: Curve) -> float | None:
     """Seconds of training until the accuracy `level`; None if it was not reached."""
     return next((seconds for seconds, accuracy in curve if accuracy >= level), None)
@@ -65,16 +90,24 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--other", default="", help="a checkout of another version, to compare with")
+    parser.add_argument("--keep", type=Path, default=Path("runs/accuracy"), help="folder of finished runs")
     options = parser.parse_args()
     if not Path(options.data, "train").is_dir():
         parser.error(f"--data {options.data!r} holds no folder train/: name a folder of images")
-    curves: dict[str, list[Curve]] = {"ddp-launch train": [], "conventional loop": []}
+    options.keep.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, list[Curve]] = {OURS: [], CONVENTIONAL: []} | ({OTHER: []} if options.other else {})
     with tempfile.TemporaryDirectory() as data_dir:
         workers = best_workers(data_dir)[0]
         for seed in range(options.seeds):
             arguments = (options.data, data_dir, options.epochs, seed)
-            curves["ddp-launch train"].append(ours(*arguments))
-            curves["conventional loop"].append(conventional(*arguments, workers))
+            ways = {
+                OURS: partial(ours, *arguments),
+                OTHER: partial(ours, *arguments, options.other),
+                CONVENTIONAL: partial(conventional, *arguments, workers),
+            }
+            for side in curves:
+                curves[side].append(kept(options.keep, side, options.epochs, seed, ways[side]))
     rows: list[dict[str, Any]] = []
     for name, all_seeds in curves.items():
         last = [100 * curve[-1][1] for curve in all_seeds]
@@ -87,21 +120,19 @@ def main() -> None:
     main_finding = []
     for level in LEVELS:
         ours_s, conventional_s = (
-            [seconds_to(level, curve) for curve in all_seeds] for all_seeds in curves.values()
+            [seconds_to(level, curve) for curve in curves[side]] for side in (OURS, CONVENTIONAL)
         )
         if None in ours_s:
             continue
         # A run that did not reach the level would have taken longer than it ran.
-        ends = [curve[-1][0] for curve in curves["conventional loop"]]
+        ends = [curve[-1][0] for curve in curves[CONVENTIONAL]]
         at_least = [t if t is not None else e for t, e in zip(conventional_s, ends, strict=True)]
         ratio = statistics.median(ours_s) / statistics.median(at_least)  # type: ignore[type-var]
         bound = "at most " if None in conventional_s else ""
         main_finding.append(f"time to {level:.0%} is {bound}{ratio:.2f} of the conventional loop's")
-    mean = [statistics.mean(curve[-1][1] for curve in seeds) for seeds in curves.values()]
-    main_finding.append(
-        f"final accuracy (mean of {options.seeds} seeds) is {mean[0]:.2%}, and {mean[1]:.2%} with the "
-        "conventional loop"
-    )
+    mean = {side: statistics.mean(curve[-1][1] for curve in seeds) for side, seeds in curves.items()}
+    others = " and ".join(f"{mean[side]:.2%} with {side}" for side in curves if side != OURS)
+    main_finding.append(f"final accuracy (mean of {options.seeds} seeds) is {mean[OURS]:.2%}, {others}")
     findings = ["; ".join(main_finding) + "."]
     for name, all_seeds in curves.items():
         by_epoch = ", ".join(
