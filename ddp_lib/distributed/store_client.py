@@ -115,6 +115,16 @@ def wait(store: dist.Store, keys: list[str], seconds: float) -> bool:
         return False
 
 
+def unset(store: dist.Store, keys: list[str]) -> list[str]:
+    """Those of the keys that are not set: one operation if there are none, about log2(len(keys)) for each."""
+    if not keys or store.check(keys):
+        return []
+    if len(keys) == 1:
+        return keys
+    half = len(keys) // 2
+    return unset(store, keys[:half]) + unset(store, keys[half:])
+
+
 def read(store: dist.Store, key: str) -> str:
     """The value of a key that is set, in one operation; `get` takes two. Changes nothing."""
     return store.compare_set(key, _NO_VALUE, "").decode()

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ddp_lib.distributed.addresses import wait_until_true
-from ddp_lib.distributed.store_client import WAIT_S, read, wait, wait_for
+from ddp_lib.distributed.store_client import WAIT_S, read, unset, wait, wait_for
 from ddp_lib.errors import PeerError, TransientError, UserError
 
 # How long the store's host waits for the others to read its error before it exits.
@@ -157,7 +157,8 @@ class StoreGroup:
             if not wait(self.store, keys, min(self._wait_s, deadline - time.monotonic())):
                 if error := self.published_error():
                     raise error
-                keys = [key for key in keys if self.store.check([key])]
+                missing = set(unset(self.store, keys))
+                keys = [key for key in keys if key not in missing]
             for record in map(json.loads, self.store.multi_get(keys) if keys else []):
                 if "error" in record:
                     raise PeerError(record["error"], record["status"])
@@ -204,22 +205,21 @@ class StoreGroup:
         """Says which ranks did not time out as this one did: they are frozen, off, or elsewhere."""
         if not self.hosts:
             return None
-        answers: dict[int, bool] = {}
+        keys = [f"timed out/{rank}" for rank in range(self.world_size)]
+        answers: list[list[str]] = []
 
         def ask() -> None:
             with suppress(RuntimeError):
-                self.store.set(f"timed out/{self.rank}", "")
+                self.store.set(keys[self.rank or 0], "")
                 time.sleep(_SILENT_S)
-                for rank in range(self.world_size):
-                    answers[rank] = self.store.check([f"timed out/{rank}"])
+                answers.append(unset(self.store, keys))
 
         # If rank 0's machine is silent, the call into C++ does not return.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(2 * _SILENT_S)
-        if not answers:
-            answers = {rank: rank != 0 for rank in range(self.world_size)}
-        silent = [f"rank {rank} on {self.hosts[rank]}" for rank in answers if not answers[rank]]
+        unanswered = answers[0] if answers else keys[:1]
+        silent = [f"rank {rank} on {self.hosts[rank]}" for rank, key in enumerate(keys) if key in unanswered]
         if not silent:
             return None
         return TransientError(
@@ -232,7 +232,8 @@ class StoreGroup:
         answer."""
         until = time.monotonic() + max(LINGER_S, 2 * self._wait_s)
         with suppress(RuntimeError):
-            came = sum(self.store.check([f"call/0/{rank}"]) for rank in range(1, self.world_size))
+            others = [f"call/0/{rank}" for rank in range(1, self.world_size)]
+            came = len(others) - len(unset(self.store, others))
             wait_until_true(lambda: self.store.add("read", 0) >= came, until)
 
     def count_as_read(self) -> None:

@@ -1,10 +1,12 @@
 """What ranks tell each other at the store: values, errors, who is missing, and how many operations."""
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from ddp_lib.distributed.environment import RankEnv
 from ddp_lib.distributed.handshake import handshake
 from ddp_lib.distributed.placement import Place, Seen
 from ddp_lib.distributed.probe import to_try
+from ddp_lib.distributed.store_client import unset
 from ddp_lib.distributed.store_group import StoreGroup
 from ddp_lib.errors import PeerError, UserError
 
@@ -191,3 +194,30 @@ def test_ranks_without_a_number_are_numbered_as_they_come():
         thread.join(TIMEOUT_S)
     assert sorted(number for number, _ in came) == [1, 2]
     assert [answer for _, answer in came] == [["host", "m", "m"]] * 2
+
+
+@pytest.mark.parametrize("missing", [[], [0], [3, 700], range(1000)])
+def test_who_is_missing_is_found_in_few_operations(missing):
+    keys = [f"{rank}" for rank in range(1000)]
+    shared = dist.HashStore()
+    for rank in {*range(1000)} - {*missing}:
+        shared.set(keys[rank], "")
+    store = CountedStore(shared)
+    assert unset(store, keys) == [keys[rank] for rank in missing]
+    assert store.calls.total() <= 1 + 2 * len(missing) * math.log2(len(keys))
+
+
+def test_the_ranks_that_did_not_time_out_too_are_named(monkeypatch):
+    all_said = threading.Barrier(6)  # instead of seconds in which they say that they timed out
+    clock = SimpleNamespace(sleep=lambda seconds: all_said.wait(TIMEOUT_S), monotonic=time.monotonic)
+    monkeypatch.setattr(store_group, "time", clock)
+    monkeypatch.setattr(store_group, "_SILENT_S", TIMEOUT_S)
+
+    def time_out(group: StoreGroup) -> str:
+        group.hosts = [f"host{rank // 2}" for rank in range(group.world_size)]
+        return "" if group.rank in (2, 3) else str(group.silent_ranks())
+
+    ends, operations = on_ranks(8, time_out)
+    said = {text for text in ends if text}
+    assert len(said) == 1 and said.pop().startswith("rank 2 on host1, rank 3 on host1 did not come")
+    assert max(operations) <= 1 + 1 + 2 * 2 * 3
