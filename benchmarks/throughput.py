@@ -275,8 +275,8 @@ def main() -> None:
         f"`ddp-launch train` trains {speed:,.0f} images/s: {', '.join(ratios)}. This is "
         f"{speed / median['limit']:.2f} of the limit, {speed / median[KEEP_MEMORY]:.2f} of the limit if "
         f"freed memory is kept, and {speed / median[SYNCHRONIZED]:.2f} of the limit if there is also an "
-        "all-reduce after each step. If the others too compute in bf16 and channels_last, on images that stay "
-        f"tensors: {', '.join(fast)}. What is left is ours; the rest of the factor is the recipe."
+        "all-reduce after each step. If the others too compute in bf16 and channels_last, on images that "
+        f"stay tensors: {', '.join(fast)}. What is left is ours; the rest of the factor is the recipe."
     ]
     findings += [f"{name} is not installed, and left out." for name in CONTENDERS if name not in contenders]
     findings += [
