@@ -66,7 +66,7 @@ def test_every_reader_gets_a_grade(tmp_path, monkeypatch):
     write(readers / "cheat" / NAME, always_right, curious)
     readers.joinpath("torn").mkdir()
     readers.joinpath("torn", NAME).write_text("{")
-    results = {(g.reader, g.number): g.result for g in grade(course, readers, 5)}
+    results = {(g.reader, g.number): g.result for g in grade(course, readers, 10)}
     assert results == {
         ("half", 1): "right",
         ("half", 2): "not yet: too small",
@@ -74,7 +74,7 @@ def test_every_reader_gets_a_grade(tmp_path, monkeypatch):
         ("none", 2): "untouched",
         ("crash", 1): "ends the kernel",
         ("crash", 2): "SyntaxError: invalid syntax (line 2)",
-        ("hang", 1): "not done within 5 s",
+        ("hang", 1): "not done within 10 s",
         ("hang", 2): "right",
         ("cheat", 1): "not yet: too small",
         ("cheat", 2): "not yet: KeyError: (None, 1), line 5 in answer_2: " + curious.split("    ")[1],
