@@ -131,9 +131,7 @@ def growth(sizes: list[int], comparing_s: list[float]) -> list[dict[str, str]]:
         by_what[f"store operations of a rank, {what}"] = [other for _, other in counts]
         by_what[f"store operations of rank 0, {what}"] = [first for first, _ in counts]
     by_what["seconds of a comparison, all ranks at one store"] = [f"{run:.3f}" for run in comparing_s]
-    by_what["connections to the store"] = sizes
     by_what["connections that a machine tries, of so many machines"] = [len(to_try(n, 0)) for n in sizes]
-    by_what["log files"] = sizes
     return [
         {"what": what, **{f"N = {n:,}": f"{value}" for n, value in zip(sizes, values, strict=True)}}
         for what, values in by_what.items()
@@ -238,7 +236,8 @@ def main() -> None:
     print(table(save("many_ranks", "Many ranks", what, rows, findings)["rows"]))
     what = (
         "Operations counted on a store in one process; a comparison is one of those below (Many ranks). "
-        "Beside these, gloo connects each rank with every other."
+        "Each rank also holds a connection to the store and writes a log, and gloo connects it with every "
+        "other."
     )
     finding = (
         "A rank makes as many store operations however many there are; seconds at the one store grow with N; "

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from io import FileIO
@@ -154,7 +155,8 @@ def read_run(folder: str | Path, superseded: bool = False) -> "pd.DataFrame":
     Columns: rank, start, epoch, step, samples (integers); loss, lr, data_s, compute_s, step_s, time (floats,
     seconds; time is Unix time). A resumed run repeats the steps after its checkpoint, so the table has only
     the last row of each rank and step. `superseded` keeps the earlier rows too, marked in a column
-    `superseded`. Skips half-written lines. UserError if `folder` holds no log.
+    `superseded`. Skips half-written lines. UserError if `folder` holds no log, or a process that reads one
+    is ended, as for want of memory.
     """
     import numpy as np
     import pandas as pd
@@ -184,8 +186,13 @@ def _map_files(paths: Collection[Path]) -> Iterator[Iterator[step_lines.Steps]]:
     if sum(path.stat().st_size for path in paths) < _LONG:
         yield map(step_lines.read_steps, paths)
         return
-    with no_main_module(), ProcessPoolExecutor(usable_cores(), context()) as pool:
-        yield pool.map(step_lines.read_steps, paths)
+    try:
+        with no_main_module(), ProcessPoolExecutor(usable_cores(), context()) as pool:
+            yield pool.map(step_lines.read_steps, paths)
+    except BrokenProcessPool:  # so the system ends a process that takes too much
+        raise TransientError(
+            "a process that read the logs was ended, perhaps for want of memory: free some, and try again"
+        ) from None
 
 
 def _in_order(rank: int, log: step_lines.Columns, restarts: list[dict[str, Any]]) -> step_lines.Columns:

@@ -35,7 +35,7 @@ _STEPS = msgspec.json.Decoder(Step)
 _BLOCK = 2**20  # bytes read at once
 
 Columns: TypeAlias = dict[str, NDArray[Any]]  # by name, see TYPES
-Steps: TypeAlias = tuple[Columns, list[dict[str, Any]]]
+Steps: TypeAlias = tuple[Columns, list[dict[str, Any]]]  # and the "start" lines
 
 
 def read_steps(path: Path) -> Steps:
@@ -57,7 +57,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     return (lines for lines in _runs(path) if isinstance(lines, dict))
 
 
-def parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
     """A line; empty if a kill or a full disk left it half-written."""
     with suppress(ValueError):  # also raised for bytes that are not UTF-8
         line = json.loads(text)
@@ -71,7 +71,7 @@ def _decode(lines: bytes) -> list[Step]:
     steps = []  # one is half-written, or holds a NaN
     for line in lines.split(b"\n"):
         with suppress(msgspec.ValidationError):
-            steps.append(msgspec.convert(parse(line), Step))
+            steps.append(msgspec.convert(_parse(line), Step))
     return steps
 
 
@@ -90,7 +90,7 @@ def _runs(path: Path) -> Iterator[bytes | dict[str, Any]]:
         begin = place = 0
         while (place := block.find(b'"event"', place)) >= 0:
             first, place = block.rfind(b"\n", 0, place) + 1, block.index(b"\n", place)
-            if "event" in (line := parse(block[first:place])):
+            if "event" in (line := _parse(block[first:place])):
                 if first > begin:
                     yield block[begin:first]
                 yield line

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import random
+import signal
 import struct
 from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
 import pytest
 
+from ddp_lib.errors import TransientError
 from ddp_lib.run_dir import log, step_lines
 from ddp_lib.run_dir.log import read_events, read_run
 
@@ -47,6 +50,10 @@ FLOATS += struct.unpack("<500f", struct.pack("<500f", *(RANDOM.random() for _ in
 def step_line(step: int, **changes) -> dict:
     line = {"epoch": 0, "step": step, "samples": 8, "loss": 1.5, "lr": 0.1}
     return line | {"data_s": 0.01, "compute_s": 0.02, "step_s": 0.03, "time": 1.7e9 + step} | changes
+
+
+def end_this_process(path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def by_json(path) -> pd.DataFrame:
@@ -150,3 +157,12 @@ def test_long_logs_are_read_by_several_processes_with_the_same_result(tmp_path, 
     monkeypatch.setattr(log, "ProcessPoolExecutor", Pool)
     pd.testing.assert_frame_equal(read_run(tmp_path), alone)
     assert len(pools) == 1
+
+
+@pytest.mark.process
+def test_a_reading_process_that_is_ended_is_said_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "rank0.jsonl").write_text(json.dumps(step_line(0)))
+    monkeypatch.setattr(log, "_LONG", 0)
+    monkeypatch.setattr(step_lines, "read_steps", end_this_process)
+    with pytest.raises(TransientError, match="ended, perhaps for want of memory: free some"):
+        read_run(tmp_path)
