@@ -2,7 +2,7 @@
 
 python benchmarks/gpu.py --data FOLDER [--epochs 40] [--rounds 3] [--no-compile] [--cpu]
 
-FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. The model is ResNet9, with
+FOLDER holds train/<class>/* and test/<class>/*, such as CIFAR-10's images. The model is WideModel, with
 1,024 images per step over all GPUs, in bf16 if the GPU supports it. A round trains once without --compile
 and once with it. It also measures the limit: forward, backward and optimizer step on one constant batch,
 on all GPUs at the same time, without communication, data or log. Images/s are measured from the second
@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 from report import save, table
-from resnet9 import ResNet9
 
-from ddp_lib import SimpleModel
+from ddp_lib.model import SimpleModel, WideModel
 
 HERE = Path(__file__).parent
 GLOBAL_BATCH, LR, LEVEL = 1024, 0.8, 0.94
@@ -40,7 +39,7 @@ def train(options: argparse.Namespace, gpus: int, compiled: bool) -> tuple[float
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ddp_lib.launch", "train", "--run-dir", folder]
         command += ["--data", options.data if options.data == "shapes" else str(Path(options.data).resolve())]
-        command += [] if options.cpu else ["--model", "resnet9:ResNet9"]
+        command += [] if options.cpu else ["--model", "ddp_lib.model:WideModel"]
         command += ["--data-dir", str(HERE.parent / "data")]
         command += ["--nproc-per-node", str(gpus), "--global-batch-size", str(GLOBAL_BATCH)]
         command += ["--epochs", str(options.epochs), "--lr", str(LR), "--weight-decay", "5e-4"]
@@ -61,7 +60,7 @@ def limit(devices: list[torch.device], steps: int = 100) -> float:
     """Images/s of all devices on a constant batch."""
     replicas = []
     for device in devices:
-        model = ResNet9() if device.type == "cuda" else SimpleModel()
+        model = WideModel() if device.type == "cuda" else SimpleModel()
         model.to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
         x = torch.randn(GLOBAL_BATCH // len(devices), 3, 32, 32, device=device)
@@ -125,11 +124,11 @@ def main() -> None:
     fraction = median["ddp-launch train"] / median["limit: constant batch, not compiled"]
     hardware = "the CPU" if options.cpu else f"{gpus} x {torch.cuda.get_device_name(0)}"
     findings = [
-        f"ResNet9 on {hardware} trains {median['ddp-launch train']:,.0f} images/s, "
+        f"WideModel on {hardware} trains {median['ddp-launch train']:,.0f} images/s, "
         f"{fraction:.2f} of the limit (medians)."
     ]
     findings += [f"{name}: {LEVEL:.0%} was not reached." for name in last if name not in reached]
-    what = f"ResNet9 on {hardware}, {GLOBAL_BATCH} images per step, {options.epochs} epochs."
+    what = f"WideModel on {hardware}, {GLOBAL_BATCH} images per step, {options.epochs} epochs."
     if options.data != "shapes" and not options.cpu:
         save("gpu", "Training on GPUs", what, rows, findings)
     print(table(rows))

@@ -34,7 +34,7 @@ class TrainConfig:
     """package.module:callable, called with num_classes=...; it may be in the working directory."""
     epochs: int = 10
     """Passes over the training images."""
-    global_batch_size: int = 128
+    global_batch_size: int = 256
     """Images per step over all ranks together, divided among the ranks."""
     accumulate: int = 1
     """Micro-batches per rank and step; their gradients are added up and communicated once."""
@@ -42,9 +42,9 @@ class TrainConfig:
     """Peak learning rate of the one-cycle schedule."""
     momentum: float = 0.9
     """Momentum of SGD (Nesterov's form)."""
-    weight_decay: float = 3e-4
+    weight_decay: float = 5e-4
     """L2 penalty on the weights, but not on biases and BatchNorm's parameters."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.2
     """Fraction of the target that goes to the other classes, 0 to below 1."""
     warmup: float = 0.2
     """Fraction of the steps in which the learning rate rises to its peak."""
@@ -52,7 +52,7 @@ class TrainConfig:
     """auto: bf16 autocast if rank 0's processor supports it, else fp32; a resumed run keeps what it began
     with. fp64 is for exact comparisons."""
     augment: bool = True
-    """Random crop (padding 2) and horizontal flip of the training images."""
+    """Random crop (padding 2), and a horizontal flip in every other epoch, of the training images."""
     compile: bool = False
     """torch.compile the model: takes a minute at the start, and is not always faster: compare images/s."""
     seed: int = 0
@@ -90,7 +90,7 @@ class TrainConfig:
             _require_type(field, getattr(self, field.name))
         counts = "epochs global_batch_size accumulate"
         require(counts, lambda n: 1 <= n <= 1_000_000, "give a whole number from 1 to 1000000")
-        require("image_size", lambda n: 8 <= n <= 2048, "give a number of pixels from 8 to 2048")
+        require("image_size", lambda n: 10 <= n <= 2048, "give a number of pixels from 10 to 2048")
         for name in ("join_timeout_s", "timeout_s", "data_timeout_s", "log_sync_s"):
             require_seconds(_flag(name), getattr(self, name))
         require("checkpoint_every_s", lambda x: 0 < x < math.inf, "give a number of seconds above 0")

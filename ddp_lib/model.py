@@ -18,48 +18,51 @@ from ddp_lib.errors import UserError
 def conv_block(channels_in: int, channels_out: int, pool: bool = False) -> nn.Sequential:
     """3x3 convolution, BatchNorm, ReLU: (B, channels_in, H, W) -> (B, channels_out, H, W). With `pool`,
     height and width are halved."""
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    # It begins by handing its input on, beside random channels: with few epochs, that is a head start. From
+    # Zagoruyko and Komodakis, "DiracNets" (2017).
+    nn.init.dirac_(convolution.weight[:channels_in])
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
+        convolution,
         nn.MaxPool2d(2) if pool else nn.Identity(),  # before the next two: a quarter to compute
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     )
 
 
-class Residual(nn.Module):
-    """x + f(x), f being two convolutions, as in He et al., "Deep residual learning" (2015). Keeps the shape
-    (B, channels, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv_block(channels, channels), conv_block(channels, channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.body(x)
-
-
 class SimpleModel(nn.Module):
     """Seven convolutions and one linear layer for images (B, 3, 32, 32); returns logits (B, num_classes).
 
-    The image shrinks early, so that most of the work is done on small maps: 33 million multiplications per
-    image. There are only 431 thousand parameters, because the gradient of each is sent at every step.
+    30 million multiplications per image, and 628 thousand parameters. The order of the layers is that of
+    Jordan's "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024).
     """
+
+    widths = (32, 96, 192)  # channels of the three stages
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
+        first, second, third = self.widths
         self.features = nn.Sequential(
-            conv_block(3, 32, pool=True),  # (B, 32, 16, 16)
-            conv_block(32, 80, pool=True),  # (B, 80, 8, 8)
-            Residual(80),
-            Residual(80),
-            conv_block(80, 240, pool=True),  # (B, 240, 4, 4)
-            nn.AdaptiveMaxPool2d(1),  # (B, 240, 1, 1)
+            nn.Sequential(nn.Conv2d(3, 24, kernel_size=3), nn.ReLU(inplace=True)),  # (B, 24, 30, 30)
+            conv_block(24, first, pool=True),  # (B, 32, 15, 15)
+            conv_block(first, first),
+            conv_block(first, second, pool=True),  # (B, 96, 7, 7)
+            conv_block(second, second),
+            conv_block(second, third, pool=True),  # (B, 192, 3, 3)
+            conv_block(third, third),
+            nn.AdaptiveMaxPool2d(1),  # (B, 192, 1, 1)
         )
-        self.classifier = nn.Linear(240, num_classes)
+        self.classifier = nn.Linear(third, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Scaled down: the maximum over the image makes logits large, and the first losses would jump about.
         return 0.2 * self.classifier(self.features(images).flatten(1))
+
+
+class WideModel(SimpleModel):
+    """SimpleModel with wider layers: 4 times the multiplications, for a higher accuracy."""
+
+    widths = (64, 256, 256)
 
 
 def build_model(spec: str, num_classes: int) -> nn.Module:

@@ -7,9 +7,10 @@ import torch
 
 from ddp_lib.data.dataset import Dataset, Split
 
-# Black pixels added on each side before a random crop, as a part of the side: 2 of 32. Usually that is 4, but
-# 2 is better for only ten epochs.
+# Pixels added on each side before a random crop, as a part of the side: 2 of 32. Usually that is 4, but 2 is
+# better for only ten epochs.
 _PADDING = 1 / 16
+_OF_ALL_EPOCHS = 2**32 - 1  # stands for the epoch in what is drawn once
 
 
 def make_batch(
@@ -23,16 +24,15 @@ def make_batch(
     """The samples `indices` (int64, (B,)) of `split` as a batch on `device`.
 
     Returns x, `dtype` (B, 3, S, S) in channels_last layout, normalised with the data set's mean and std, and
-    y, int64 (B,). `augment=(seed, epoch)` crops at random after padding (by 2 of 32 pixels) and flips half of
-    the images on average. A sample's crop and flip depend only on (seed, epoch, its index), so they are the
-    same on any rank, in any batch and after a restart.
+    y, int64 (B,). `augment=(seed, epoch)` crops at random after padding (by 2 of 32 pixels) and flips each
+    image in every other epoch: half of them in the even ones. A sample's crop and flip depend only on (seed,
+    epoch, its index), so they are the same on any rank, in any batch and after a restart.
     """
     # Without non_blocking, a copy to a GPU would wait for all work that is queued there.
     indices = indices.to(split.images.device, non_blocking=True)
     pixels = split.images.index_select(0, indices)
     if augment is not None:
-        choices = 2 * (2 * padding_of(pixels) + 1) ** 2
-        pixels = crop_and_flip(pixels, random_below(choices, *augment, indices))
+        pixels = crop_and_flip(pixels, draw_crops_and_flips(padding_of(pixels), *augment, indices))
     labels = split.labels.index_select(0, indices)
     if torch.device(device).type == "cuda" and not pixels.is_cuda:
         # From pinned memory the copy takes place while this process makes the next batch, and the GPU works
@@ -57,14 +57,25 @@ def _scale_and_shift(
     return scale.to(device), shift.to(device)
 
 
+def draw_crops_and_flips(padding: int, seed: int, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+    """What `crop_and_flip` takes, for each index, int64 (B,); fixed by (seed, epoch, index).
+
+    Flips alternate: after two epochs each image was seen both ways. With flips drawn anew, half of the images
+    would have been seen one way only. From Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024).
+    """
+    positions = (2 * padding + 1) ** 2
+    flip = (random_below(2, seed, _OF_ALL_EPOCHS, indices) + epoch) % 2
+    return random_below(positions, seed, epoch, indices) + positions * flip
+
+
 def padding_of(images: torch.Tensor) -> int:
     """Pixels that `crop_and_flip` adds on each side of images (B, S, S, 3)."""
     return max(1, round(images.shape[1] * _PADDING))
 
 
 def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
-    """Pads uint8 images (B, S, S, 3) with P = padding_of(images) black pixels, crops each to S x S, flips
-    some.
+    """Pads uint8 images (B, S, S, 3) with P = padding_of(images) pixels, which mirror those inside, crops
+    each to S x S, flips some.
 
     `draw`, int64 (B,), encodes an image's crop and flip: top + N * (left + N * flip), with N = 2 * P + 1, top
     and left in 0..2 * P, and flip 0 or 1. Returns uint8 (B, S, S, 3).
@@ -72,8 +83,13 @@ def crop_and_flip(images: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     count, side, padding = len(images), images.shape[1], padding_of(images)
     width, positions = side + 2 * padding, 2 * padding + 1
     top, left, flip = draw % positions, draw // positions % positions, draw >= positions**2
-    padded = images.new_zeros(count, width, width, 3)
-    padded[:, padding:-padding, padding:-padding] = images
+    inside = slice(padding, -padding)
+    padded = images.new_empty(count, width, width, 3)
+    padded[:, inside, inside] = images
+    for n in range(padding):  # line n, and the last but n, as its mirror image has it; then the columns
+        mirror = 2 * padding - n
+        padded[:, n], padded[:, -n - 1] = padded[:, mirror], padded[:, -mirror - 1]
+        padded[:, :, n], padded[:, :, -n - 1] = padded[:, :, mirror], padded[:, :, -mirror - 1]
     # A crop is a piece of 3 * S bytes per row. One call copies the pieces of all images.
     row = torch.arange(side, device=images.device)
     first_row = torch.arange(count, device=images.device) * width + top

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddp_lib.data import batch, shapes
-from ddp_lib.data.batch import make_batch, random_below
+from ddp_lib.data.batch import draw_crops_and_flips, make_batch, random_below
 from ddp_lib.data.cache import mean_and_std
 from ddp_lib.data.dataset import Dataset, Split
 
@@ -41,13 +41,12 @@ def test_batch_is_normalised_and_channels_last(some: Dataset) -> None:
 def test_augmented_batch_equals_one_image_at_a_time(some: Dataset) -> None:
     indices = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     x, _ = make_batch(some.train, indices, some, augment=(11, 4))
-    draws = random_below(50, 11, 4, indices).tolist()
+    drawn = draw_crops_and_flips(2, 11, 4, indices).tolist()
     seen = set()
-    for row, (index, draw) in enumerate(zip(indices.tolist(), draws, strict=True)):
+    for row, (index, draw) in enumerate(zip(indices.tolist(), drawn, strict=True)):
         top, left, flip = draw % 5, draw // 5 % 5, draw // 25
         seen.add((top, left, flip))
-        padded = np.zeros((36, 36, 3), dtype=np.uint8)
-        padded[2:34, 2:34] = some.train.images[index]
+        padded = np.pad(some.train.images[index], ((2, 2), (2, 2), (0, 0)), mode="reflect")
         crop = padded[top : top + 32, left : left + 32]
         crop = crop[:, ::-1] if flip else crop
         alone = Split(torch.from_numpy(crop.copy())[None], torch.zeros(1, dtype=torch.int64))
@@ -97,14 +96,23 @@ def test_augmentation_is_uniform_and_independent(limit: int) -> None:
     assert chi_squared(np.bincount(own, minlength=limit)) < 5
 
 
-def test_padding_is_black_before_normalisation(some: Dataset) -> None:
-    white = torch.full((50, 32, 32, 3), 255, dtype=torch.uint8)
-    crops = batch.crop_and_flip(white, torch.arange(50))
+def test_each_image_is_flipped_in_every_other_epoch() -> None:
+    indices = torch.arange(10_000)
+    flips = [draw_crops_and_flips(2, seed, epoch, indices) // 25 for seed in (0, 1) for epoch in range(3)]
+    for first, second, third in (flips[:3], flips[3:]):
+        assert torch.equal(first + second, torch.ones_like(first)) and torch.equal(first, third)
+        assert 4800 < int(first.sum()) < 5200
+    assert 4800 < int((flips[0] == flips[3]).sum()) < 5200
+
+
+def test_padding_mirrors_the_image() -> None:
+    images = torch.randint(0, 256, (50, 32, 32, 3), dtype=torch.uint8)
+    padded = np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    crops = batch.crop_and_flip(images, torch.arange(50))
     for draw in range(50):
         top, left = draw % 5, draw // 5 % 5
-        inside = (32 - abs(top - 2)) * (32 - abs(left - 2))
-        assert (crops[draw] == 255).sum() == 3 * inside
-        assert (crops[draw] == 0).sum() == 3 * (32 * 32 - inside)
+        crop = padded[draw, top : top + 32, left : left + 32]
+        assert np.array_equal(crops[draw], crop[:, ::-1] if draw >= 25 else crop)
 
 
 @pytest.mark.gpu

@@ -68,7 +68,7 @@ def try_run_folder(rng: Random, folder: Path) -> None:
 
 
 def net(num_classes: int) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, num_classes))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
 
 
 def try_start(rng: Random, folder: Path) -> None:
@@ -86,7 +86,7 @@ def try_start(rng: Random, folder: Path) -> None:
         "--nproc-per-node",
         rng.choice("1 2 2 3 cpu gpu 0".split()),
     ]
-    words += f"--data images --image-size 8 --epochs 1 --global-batch-size 4 --model {__name__}:net".split()
+    words += f"--data images --image-size 10 --epochs 1 --global-batch-size 4 --model {__name__}:net".split()
     words += "--join-timeout-s 2 --timeout-s 10".split()
     done = subprocess.run(
         words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S
