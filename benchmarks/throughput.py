@@ -1,9 +1,9 @@
 """Images/s of `fit` on two ranks, of what a user would otherwise write, and of the limit.
 
-python benchmarks/throughput.py [--rounds 5] [--steps 60]
+python benchmarks/throughput.py [--rounds 5] [--steps 38]
 
 Each round runs every contender once, one after the other, on two ranks with one thread each: the same
-SimpleModel, SGD, 128 images per step, random crops and flips, on the built-in images. The first ten steps
+SimpleModel, SGD, 256 images per step, random crops and flips, on the built-in images. The first five steps
 are not counted.
 
 The limit computes forward, backward and optimizer step on one constant batch, in both processes at the
@@ -32,8 +32,10 @@ from pathlib import Path
 
 from report import save, table
 
+from ddp_lib import TrainConfig
+
 HERE = Path(__file__).parent
-RANKS, GLOBAL_BATCH, FIRST = 2, 128, 10
+RANKS, GLOBAL_BATCH, FIRST = 2, TrainConfig().global_batch_size, 5
 TIMEOUT_S = 600
 KEEP_MEMORY = "limit, freed memory kept"
 SYNCHRONIZED = "limit, freed memory kept, an all-reduce after each step"
@@ -169,7 +171,7 @@ def step_parts(steps: int, data_dir: str) -> list[dict[str, float]]:
     import torch
     import torch.nn.functional as F
 
-    from ddp_lib import SimpleModel, TrainConfig, World
+    from ddp_lib import SimpleModel, World
     from ddp_lib.data.batch import make_batch
     from ddp_lib.data.dataset import load_dataset
     from ddp_lib.data.sampler import TrainSampler
@@ -233,7 +235,7 @@ def where_time_goes(steps: int, data_dir: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=38)
     options = parser.parse_args()
     from ddp_lib import run_ranks
 

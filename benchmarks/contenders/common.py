@@ -26,7 +26,8 @@ from torchvision.transforms.functional import normalize
 from ddp_lib import SimpleModel, TrainConfig
 from ddp_lib.data.dataset import Split, load_dataset
 
-GLOBAL_BATCH = 128
+GLOBAL_BATCH = TrainConfig().global_batch_size
+PADDING = 2  # as `fit` has it
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -96,14 +97,17 @@ class Job:
             nesterov=True,
         )
 
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+
     def train_set(self) -> Dataset:
         if self.options.fast:
-            return TensorDataset(self.data.train, padding=4)
+            return TensorDataset(self.data.train, PADDING)
         return PictureDataset(
             self.data.train,
             transforms.Compose(
                 [
-                    transforms.RandomCrop(32, padding=4),
+                    transforms.RandomCrop(32, padding=PADDING),
                     transforms.RandomHorizontalFlip(),
                     transforms.ToTensor(),
                     transforms.Normalize(self.data.mean, self.data.std),

@@ -4,7 +4,6 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from common import GLOBAL_BATCH, Job
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -23,7 +22,7 @@ def main() -> None:
         for images, labels in loader:
             optimizer.zero_grad()
             with job.autocast():
-                loss = F.cross_entropy(model(images), labels)
+                loss = job.loss(model(images), labels)
             loss.backward()
             optimizer.step()
             if job.step_ended():
@@ -52,7 +51,7 @@ def train_epochs(job, model, optimizer, loader, sampler) -> None:
         for images, labels in loader:
             optimizer.zero_grad()
             with job.autocast():
-                loss = F.cross_entropy(model(images), labels)
+                loss = job.loss(model(images), labels)
             loss.backward()
             optimizer.step()
             schedule.step()
